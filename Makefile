@@ -1,0 +1,48 @@
+# make demo   set up, and run the main job: the same training plainly and patched
+# make test   set up, and pass the tests, on every generation of torch that this machine has
+# make check  lint and types
+
+PYTHON ?= python3
+# A smaller CPU build of torch, where it can be reached: make test TORCH='torch==2.13.0 --index-url ...'
+TORCH ?= torch==2.13.0
+# A Python that has torch 1.13, the generation of the original (Debian 12: apt install python3-torch).
+LEGACY_PYTHON ?= /usr/bin/python3.11
+
+VENV := .venv
+LEGACY_VENV := .venv-torch113
+HAS_LEGACY := $(shell $(LEGACY_PYTHON) -c "import torch; print(torch.__version__.startswith('1.13'))" 2>/dev/null)
+
+.PHONY: demo test check clean
+demo: $(VENV)/ready
+	$(VENV)/bin/python examples/demo.py
+
+test: $(VENV)/ready check
+	rm -rf .outcomes
+	$(VENV)/bin/python -m pytest
+ifeq ($(HAS_LEGACY),True)
+	$(MAKE) test-torch113
+endif
+	$(VENV)/bin/python tests/outcomes.py .outcomes
+
+.PHONY: test-torch113
+test-torch113: $(LEGACY_VENV)/ready
+	$(LEGACY_VENV)/bin/python -m pytest
+
+check: $(VENV)/ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q $(TORCH)
+	$(VENV)/bin/python -m pip install -q -e '.[dev]'
+	touch $@
+
+$(LEGACY_VENV)/ready: pyproject.toml
+	$(LEGACY_PYTHON) -m venv --system-site-packages $(LEGACY_VENV)
+	$(LEGACY_VENV)/bin/python -m pip install -q -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(LEGACY_VENV) .outcomes

@@ -1,0 +1,9 @@
+"""The original's import name for `rocm_patch.miopen_bypass.conv2d_fallback`."""
+
+from __future__ import annotations
+
+from rocm_patch.miopen_bypass import __all__
+from rocm_patch.miopen_bypass import __dir__ as __dir__
+from rocm_patch.miopen_bypass import __getattr__ as __getattr__
+
+__all__ = list(__all__)

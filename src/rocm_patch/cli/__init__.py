@@ -1,0 +1,1 @@
+"""The command line: prints what the other rooms return."""

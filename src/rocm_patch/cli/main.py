@@ -1,0 +1,199 @@
+"""`rocm-patch`: the commands and their options."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any, NoReturn, Optional
+
+import typer
+
+from rocm_patch._version import __version__
+from rocm_patch.cli.arguments import split_run
+from rocm_patch.errors import RocmPatchError
+from rocm_patch.launch.run import BrokenScriptError, Target
+from rocm_patch.settings import BACKENDS, POLICIES, PROFILES, START_METHODS, STRATEGY_NAMES, from_environ
+
+app = typer.Typer(
+    name="rocm-patch",
+    help="PyTorch that works on AMD Radeon cards AMD does not support well.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+_Backend = Annotated[
+    Optional[str],  # noqa: UP045  (typer before 0.13 reads the annotation itself)
+    typer.Option(help=f"Whose convolutions are served: {', '.join(BACKENDS)}."),
+]
+_Profile = Annotated[Optional[str], typer.Option(help=f"Environment plan: {', '.join(PROFILES)}.")]  # noqa: UP045
+_Venv = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(metavar="PATH", help="The virtual environment; the active one by default."),
+]
+_Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+
+
+def _say(text: str) -> None:
+    print(f"rocm-patch: {text}", file=sys.stderr)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"rocm-patch {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(
+    options_metavar="[OPTIONS] SCRIPT [ARGS]... | -m MODULE [ARGS]... | -c CODE | -- COMMAND [ARGS]...",
+)
+def run(
+    context: typer.Context,
+    backend: _Backend = None,
+    conv: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help=f"Policy ({', '.join(POLICIES)}) or strategy ({', '.join(STRATEGY_NAMES)})."),
+    ] = None,
+    start_method: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help=f"Python's start method too, not the loaders' alone: {', '.join(START_METHODS)}. "
+            "Without it, Python's is left alone and loaders get spawn."
+        ),
+    ] = None,
+    profile: _Profile = None,
+    log: Annotated[str | None, typer.Option(help="What to say while it runs: debug, info, warning.")] = None,
+    unset: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(metavar="NAME", help="Take a variable out of the environment first; repeatable."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No line about what is on.")] = False,
+) -> None:
+    """Run a program patched, with nothing to edit in it; it exits with its own code."""
+    from rocm_patch.launch import run as launcher
+
+    target: Target | None = context.obj
+    if target is None:
+        _fail("nothing to run", "rocm-patch run SCRIPT [ARGS], run -m MODULE, or run -- COMMAND [ARGS]")
+    settings = from_environ().replaced(
+        backend=backend, conv=conv, start_method=start_method, profile=profile, log=log
+    )
+    launch = launcher.prepare(target, settings, os.environ, unset or ())
+    for notice in launch.notices:
+        _say(notice)
+    if not quiet:
+        _say(launch.summary)
+    launcher.execute(launch)
+
+
+@app.command()
+def env(
+    shell: Annotated[str, typer.Option(help="Form of the output: sh, fish or json.")] = "sh",
+    as_json: _Json = False,
+    explain: Annotated[bool, typer.Option(help="Say why, and what the facts say of each variable.")] = False,
+    profile: _Profile = None,
+) -> None:
+    """Print the environment variables that this machine needs, for a shell to read."""
+    from rocm_patch.machine import build, environment, hardware
+
+    settings = from_environ().replaced(profile=profile)
+    machine = hardware.read_machine(settings.sysfs_root)
+    plan = environment.plan(machine, build.find_build(), settings, os.environ)
+    shell = "json" if as_json else shell
+    if shell not in ("sh", "fish", "json"):
+        _fail(f"unknown shell {shell!r}; it can be sh, fish or json", "rocm-patch env --shell sh")
+    if shell == "json":
+        rows = [
+            {"name": c.name, "value": c.value, "found": c.found, "why": c.why, "source": c.source}
+            for c in plan.changes
+        ]
+        print(json.dumps({"schema_version": 1, "variables": rows, "notices": plan.notices}, indent=2))
+        return
+    for change in plan.changes:
+        if explain:
+            print(f"# {change}\n#   source: {change.source}")
+        if change.changes:
+            value = shlex.quote(change.value)
+            print(f"export {change.name}={value}" if shell == "sh" else f"set -gx {change.name} {value}")
+        elif not explain:
+            _say(str(change))
+    for notice in plan.notices:
+        _say(notice)
+
+
+@app.command()
+def activate(venv: _Venv = None) -> None:
+    """Patch every program of a virtual environment, for those that have a launcher of their own."""
+    from rocm_patch.launch import activate as hook
+
+    environment = hook.environment_of(venv)
+    path = hook.activate(environment)
+    _say(
+        f"{environment} is activated by {path}\n"
+        "hint: rocm-patch deactivate takes it back; ROCM_PATCH=0 switches it off"
+    )
+
+
+@app.command()
+def deactivate(venv: _Venv = None) -> None:
+    """Take `activate` back."""
+    from rocm_patch.launch import activate as hook
+
+    environment = hook.environment_of(venv)
+    removed = hook.deactivate(environment)
+    _say(f"{environment} is deactivated" if removed else f"{environment} was not activated")
+
+
+@app.command()
+def doctor(
+    as_json: _Json = False,
+    strict: Annotated[bool, typer.Option(help="Exit 1 for warnings too.")] = False,
+) -> None:
+    """Look at this machine: what is there, what would be on, what is in the way."""
+    from rocm_patch.tools import doctor as tool
+
+    findings = tool.examine(from_environ())
+    if as_json:
+        print(json.dumps(tool.document(findings), indent=2))
+    else:
+        for finding in findings:
+            print(f"{finding.level:<8} {finding.check}: {finding.summary}")
+            if finding.why:
+                print(f"{'':<8}   why: {finding.why}")
+            if finding.fix:
+                print(f"{'':<8}   fix: {finding.fix}")
+    levels = {finding.level for finding in findings}
+    if "failure" in levels or (strict and "warning" in levels):
+        raise typer.Exit(1)
+
+
+def _fail(message: str, hint: str) -> NoReturn:
+    _say(f"error: {message}\nhint: {hint}")
+    raise typer.Exit(2)
+
+
+def main(argv: Sequence[str] | None = None) -> Any:
+    """The entry point of `rocm-patch`; exits with the code that the command line promises."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    target = None
+    if arguments[:1] == ["run"]:
+        ours, target = split_run(arguments[1:])
+        arguments = ["run", *ours]
+    try:
+        return app(args=arguments, prog_name="rocm-patch", obj=target)
+    except RocmPatchError as error:
+        _say(f"error: {error}")
+        sys.exit(1 if isinstance(error, BrokenScriptError) else 2)

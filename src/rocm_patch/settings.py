@@ -1,0 +1,112 @@
+"""What the user asked for: the `ROCM_PATCH_*` variables, checked once, in one place.
+
+The same names serve as options of `rocm-patch run` and as arguments of `enable_all_patches()`.
+Standard library only: this module rides in every patched child process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rocm_patch.errors import UsageError
+
+LOGGER = logging.getLogger("rocm_patch")
+
+BACKENDS = ("auto", "hip", "cuda", "cpu")
+POLICIES = ("bypass", "guarded", "native")
+STRATEGY_NAMES = ("pointwise", "im2col")  # equals the names in conv.STRATEGIES; a test holds the two together
+START_METHODS = ("spawn", "forkserver", "fork")
+PROFILES = ("auto", "document", "none")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One user's choices. `None` and `auto` leave the choice to the machine's facts.
+
+    Attributes:
+        enabled: False switches everything off (`ROCM_PATCH=0`).
+        backend: whose tensors the convolution override serves: `auto`, `hip`, `cuda` or `cpu`.
+        conv: a policy (`bypass`, `guarded`, `native`) or the name of a strategy, which implies `bypass`.
+        start_method: how worker processes start, when the user gave one.
+        profile: which environment plan applies: `auto` (by the card found), `document` (the four variables
+            of `docs/PATCHES_V1.1_SUMMARY.md` on any card) or `none`.
+        sysfs_root: a folder that stands for `/` when hardware is read.
+        fault: `kind:direction[:after=N]`, a failure put into native convolutions; for tests and demonstrations.
+        log: level of the `rocm_patch` logger on stderr.
+    """
+
+    enabled: bool = True
+    backend: str = "auto"
+    conv: str | None = None
+    start_method: str | None = None
+    profile: str = "auto"
+    sysfs_root: str = "/"
+    fault: str | None = None
+    log: str | None = None
+
+    def __post_init__(self) -> None:
+        check("backend", self.backend, BACKENDS)
+        check("conv", self.conv, (*POLICIES, *STRATEGY_NAMES))
+        check("start_method", self.start_method, START_METHODS)
+        check("profile", self.profile, PROFILES)
+        check("log", self.log, LOG_LEVELS)
+
+    def replaced(self, **asked: Any) -> Settings:
+        """These settings with every argument that is not None put in; raises `UsageError` on an unknown value."""
+        return dataclasses.replace(self, **{name: value for name, value in asked.items() if value is not None})
+
+
+def variable(field: str) -> str:
+    """The environment variable of a `Settings` field."""
+    return "ROCM_PATCH" if field == "enabled" else f"ROCM_PATCH_{field.upper()}"
+
+
+def check(what: str, value: str | None, legal: tuple[str, ...]) -> None:
+    """Raise `UsageError` unless `value` is None or one of `legal`."""
+    if value is not None and value not in legal:
+        raise UsageError(
+            f"unknown {what.replace('_', ' ')} {value!r}; it can be {', '.join(legal)}",
+            f"give one of these as {what}=, --{what.replace('_', '-')} or {variable(what)}=",
+        )
+
+
+def from_environ(environ: Mapping[str, str] | None = None) -> Settings:
+    """The settings that the environment asks for.
+
+    Raises:
+        UsageError: a variable holds a value that rocm-patch does not know.
+    """
+    given = os.environ if environ is None else environ
+    asked: dict[str, Any] = {"enabled": given.get("ROCM_PATCH", "1").lower() not in ("0", "off", "false", "no")}
+    for field in dataclasses.fields(Settings):
+        value = given.get(variable(field.name))
+        if field.name != "enabled" and value:
+            asked[field.name] = value if field.name in ("sysfs_root", "fault") else value.lower()
+    return Settings(**asked)
+
+
+class _StderrHandler(logging.StreamHandler[Any]):
+    """Writes to whatever `sys.stderr` is now, as `logging.lastResort` does, so that redirection works."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+        self.setFormatter(logging.Formatter("rocm-patch: %(message)s"))
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
+
+
+def show_log(level: str) -> None:
+    """Send the `rocm_patch` logger to stderr from `level` on; a second call only changes the level."""
+    if not any(isinstance(handler, _StderrHandler) for handler in LOGGER.handlers):
+        LOGGER.addHandler(_StderrHandler())
+        LOGGER.propagate = False
+    LOGGER.setLevel(level.upper())

@@ -1,0 +1,1 @@
+"""What the command line does beyond running programs; each tool returns a record, and prints nothing."""

@@ -1,0 +1,1 @@
+"""What may run on this machine, and what is best."""
