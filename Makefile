@@ -41,7 +41,7 @@ $(VENV)/ready: pyproject.toml
 
 $(LEGACY_VENV)/ready: pyproject.toml
 	$(LEGACY_PYTHON) -m venv --system-site-packages $(LEGACY_VENV)
-	$(LEGACY_VENV)/bin/python -m pip install -q -e '.[test]'
+	$(LEGACY_VENV)/bin/python -m pip install -q -e '.[test]' 'numpy<2'
 	touch $@
 
 clean:

@@ -212,7 +212,7 @@ def enable_all_patches(
     )
     if not settings.enabled:
         return _refused(_OFF)
-    if importlib.util.find_spec("torch") is None:
+    if sys.modules.get("torch") is None and importlib.util.find_spec("torch") is None:
         LOGGER.warning("torch is not installed for %s; no patch was applied\nhint: %s", sys.executable, _TORCH_HINT)
         return _refused("torch is not installed")
     meaning(miopen_strategy)  # raises before anything is applied

@@ -31,6 +31,16 @@ def convolution_backward(*args: Any) -> tuple[torch.Tensor | None, torch.Tensor 
 
 
 def _run(spec: ConvSpec, first: torch.Tensor, second: torch.Tensor, budget: int) -> torch.Tensor:
+    # Called from aten's autograd kernels, the pair above runs below autograd already; this may be called from
+    # anywhere, and aten's kernels assert it.
+    below_autograd = torch._C._AutoDispatchBelowAutograd()
+    try:
+        return _one_direction(spec, first, second)
+    finally:
+        del below_autograd
+
+
+def _one_direction(spec: ConvSpec, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     geometry = [list(spec.stride), list(spec.padding), list(spec.dilation)]
     zeros = [0] * len(spec.kernel)
     flags = (False, False, torch._C._get_cudnn_enabled(), True)

@@ -26,12 +26,10 @@ def _install_hook(here: str) -> None:
 
 def _run_hidden_sitecustomize(here: str) -> None:
     """Errors are left to Python's own handling of a broken sitecustomize, as without us."""
-    global __name__
-    del sys.modules["sitecustomize"]
     spec = importlib.machinery.PathFinder.find_spec("sitecustomize", sys.path)
     if spec is None or spec.loader is None:
-        sys.modules["sitecustomize"] = sys.modules.get("_rocm_patch_hook") or type(sys)("sitecustomize")
-        return
+        # What Python meets where there is none: it passes over the import, and nothing is left in sys.modules.
+        raise ModuleNotFoundError("No module named 'sitecustomize'", name="sitecustomize")
     module = importlib.util.module_from_spec(spec)
     sys.modules["sitecustomize"] = module
     spec.loader.exec_module(module)

@@ -1,0 +1,457 @@
+"""What must hold on a real GPU, run for real, in one go; writes one JSON file.
+
+    python benchmarks/gpu_acceptance.py OUT.json
+
+Needs a CUDA or ROCm build of torch with a visible GPU, torchvision, scikit-learn and tqdm. On an NVIDIA GPU, cuDNN
+stands in for MIOpen. Exits 1 if anything that is asserted here does not hold.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import rocm_patch
+from rocm_patch.conv import STRATEGIES
+from rocm_patch.conv.cases import CASES, Case
+from rocm_patch.conv.spec import DIRECTIONS
+from rocm_patch.conv.strategy import workspace_budget
+
+ROOT = Path(__file__).resolve().parents[1]
+BACKEND = "hip" if torch.version.hip else "cuda"
+CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+# The 18 layers that convolution speed is judged by: N C H W K kernel stride padding groups.
+LAYERS = {
+    "r50.stem": (32, 3, 224, 224, 64, 7, 2, 3, 1),
+    "r50.1x1a": (32, 64, 56, 56, 256, 1, 1, 0, 1),
+    "r50.3x3a": (32, 64, 56, 56, 64, 3, 1, 1, 1),
+    "r50.3x3b": (32, 128, 28, 28, 128, 3, 1, 1, 1),
+    "r50.3x3bs2": (32, 128, 56, 56, 128, 3, 2, 1, 1),
+    "r50.3x3c": (32, 256, 14, 14, 256, 3, 1, 1, 1),
+    "r50.3x3d": (32, 512, 7, 7, 512, 3, 1, 1, 1),
+    "r50.1x1d": (32, 2048, 7, 7, 512, 1, 1, 0, 1),
+    "yolo.stem": (8, 3, 640, 640, 16, 3, 2, 1, 1),
+    "yolo.c2f": (8, 32, 160, 160, 32, 3, 1, 1, 1),
+    "yolo.p4": (8, 128, 40, 40, 128, 3, 1, 1, 1),
+    "sd.unet64": (2, 320, 64, 64, 320, 3, 1, 1, 1),
+    "sd.unet16": (2, 1280, 16, 16, 1280, 3, 1, 1, 1),
+    "sd.vae256": (1, 256, 256, 256, 256, 3, 1, 1, 1),
+    "sd.vae512": (1, 128, 512, 512, 128, 3, 1, 1, 1),
+    "dw.3x3": (32, 144, 56, 56, 144, 3, 1, 1, 144),
+    "dw.5x5s2": (32, 240, 28, 28, 240, 5, 2, 2, 240),
+    "grp32.3x3": (32, 128, 56, 56, 128, 3, 1, 1, 32),
+}
+
+
+def off() -> None:
+    rocm_patch.disable_all_patches()
+
+
+def on() -> None:
+    assert rocm_patch.enable_miopen_bypass(backend=BACKEND)
+
+
+def relative(result: torch.Tensor, exact: torch.Tensor) -> float:
+    result, exact = result.double().cpu(), exact.double().cpu()
+    return float((result - exact).detach().norm() / exact.detach().norm().clamp_min(1e-300))
+
+
+def check_strategies_against_float64() -> dict[str, Any]:
+    """Every strategy, direction, type and memory format on the device against float64 on the CPU."""
+    worst: dict[str, float] = {}
+    for case in CASES:
+        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            name = str(dtype).removeprefix("torch.")
+            image, weight = torch.randn(case.image).to(dtype), torch.randn(case.weight).to(dtype)
+            x, w = image.double().requires_grad_(), weight.double().requires_grad_()
+            out = CONVS[len(case.stride)](x, w, None, case.stride, case.padding, case.dilation, case.groups)
+            grad = torch.randn(out.shape).to(dtype)
+            out.backward(grad.double())
+            exact = {"forward": out.detach(), "grad_input": x.grad, "grad_weight": w.grad}
+            for last in (False, True) if len(case.image) > 3 else (False,):
+                move = {"memory_format": LAST[len(case.image)]} if last else {}
+                a, g, b = image.cuda().contiguous(**move), grad.cuda().contiguous(**move), weight.cuda()
+                operands = {"forward": (a, b), "grad_input": (g, b), "grad_weight": (a, g)}
+                for direction in DIRECTIONS:
+                    spec = case.spec(direction, name, "cuda:0", last)
+                    for strategy in STRATEGIES:
+                        if strategy.rejects(spec) is None:
+                            for budget in (1 << 30, 4000):
+                                result = strategy.run(spec, *operands[direction], budget)
+                                error = relative(result, exact[direction])
+                                key = f"{strategy.name} {direction} {name}"
+                                worst[key] = max(worst.get(key, 0.0), error)
+                                assert error <= strategy.rtol[name], (strategy.name, str(spec), error)
+    return {"worst_relative_error": worst}
+
+
+def check_strides_equal_natives() -> dict[str, Any]:
+    """Output and gradient strides with the override equal those without, for every layout of the operands."""
+    compared, different = 0, []
+    for case in CASES:
+        for which in ("contiguous", "image", "weight", "both") if len(case.image) > 3 else ("contiguous",):
+            for dtype in (torch.float32, torch.float16):
+                image = torch.randn(case.image, device="cuda", dtype=dtype)
+                weight = torch.randn(case.weight, device="cuda", dtype=dtype)
+                if which in ("image", "both"):
+                    image = image.contiguous(memory_format=LAST[image.dim()])
+                if which in ("weight", "both"):
+                    weight = weight.contiguous(memory_format=LAST[image.dim()])
+                strides = []
+                for switch in (off, on):
+                    switch()
+                    a, b = image.detach().requires_grad_(), weight.detach().requires_grad_()
+                    out = CONVS[len(case.stride)](a, b, None, case.stride, case.padding, case.dilation, case.groups)
+                    out.backward(torch.ones_like(out))
+                    strides.append([tuple(t.stride()) for t in (out, a.grad, b.grad)])
+                compared += 1
+                if strides[0] != strides[1]:
+                    row = [case.why, which, str(dtype), *map(str, strides), [case.image, case.weight]]
+                    different.append(row)
+    off()
+    assert not [row for row in different if row[3].split("), (")[0] != row[4].split("), (")[0]], different
+    return {"compared": compared, "gradient_strides_that_differ": different}
+
+
+def losses(make_model: Any, batches: list[Any], steps: int = 20) -> list[float]:
+    torch.manual_seed(0)
+    model = make_model().cuda().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    values = []
+    for step in range(steps):
+        images, labels = batches[step % len(batches)]
+        loss = F.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        values.append(loss.item())
+    return values
+
+
+def drift(first: list[float], second: list[float]) -> float:
+    return max(abs(a - b) / abs(a) for a, b in zip(first, second, strict=True))
+
+
+def check_training_equals_native() -> dict[str, Any]:
+    """20 steps of the digits network and of ResNet-18 in float32, TF32 off: losses within 1e-4 of native's.
+
+    Beside it, how far aten's own slow kernels drift from the vendor library's in the same 20 steps: what the
+    order of float32 sums alone does.
+    """
+    sys.path.insert(0, str(ROOT / "examples"))
+    import torchvision
+    import train_digits
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+    loader = torch.utils.data.DataLoader(train_digits.make_datasets(0)[0], batch_size=64)
+    digits = [(x.cuda(), y.cuda()) for x, y in loader]
+    # ResNet-18 sees the same digits, enlarged and in three channels.
+    pictures = [(F.interpolate(x, size=(96, 96)).expand(-1, 3, -1, -1).contiguous(), y) for x, y in digits]
+    programs = {
+        "train_digits": (train_digits.make_model, digits),
+        "resnet18": (lambda: torchvision.models.resnet18(num_classes=10), pictures),
+    }
+    report: dict[str, Any] = {}
+    for name, program in programs.items():
+        off()
+        native = losses(*program)
+        with torch.backends.cudnn.flags(enabled=False, deterministic=True, allow_tf32=False):
+            vendor_off = losses(*program)
+        on()
+        ours = losses(*program)
+        off()
+        report[name] = {
+            "worst_relative_difference": drift(native, ours),
+            "vendor_off_against_vendor": drift(native, vendor_off),
+            "first_loss": native[0],
+            "last_loss": {"native": native[-1], "ours": ours[-1]},
+        }
+    torch.backends.cudnn.deterministic = False
+    assert all(row["worst_relative_difference"] <= 1e-4 for row in report.values()), report
+    return report
+
+
+def run_script(*words: str, text: str | None = None, **environ: str) -> subprocess.CompletedProcess[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable]
+        if text is not None:
+            (Path(folder) / "script.py").write_text(text)
+            words = tuple(word.replace("SCRIPT", str(Path(folder) / "script.py")) for word in words)
+        return subprocess.run([*command, *words], env={**os.environ, **environ}, capture_output=True, text=True,
+                              timeout=300)  # fmt: skip
+
+
+FORKED = """
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+class OnTheGpu(Dataset):
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        return (torch.full((4,), float(index), device="cuda") * 2).cpu()
+
+if __name__ == "__main__":
+    torch.zeros(1, device="cuda")
+    total = sum(batch.sum().item() for batch in DataLoader(OnTheGpu(), batch_size=4, num_workers=2))
+    print("total", total)
+"""
+
+
+def check_workers_that_touch_the_gpu() -> dict[str, Any]:
+    """A forked worker that touches the GPU fails; the same script under `rocm-patch run` works."""
+    plain = run_script("SCRIPT", text=FORKED)
+    patched = run_script("-m", "rocm_patch", "run", "--backend", BACKEND, "SCRIPT", text=FORKED)
+    assert plain.returncode != 0 and "forked subprocess" in plain.stderr, plain.stderr[-2000:]
+    assert patched.returncode == 0 and "total 960.0" in patched.stdout, patched.stderr[-2000:]
+    return {"plain": plain.stderr.strip().splitlines()[-1], "patched": patched.stdout.strip()}
+
+
+def check_example_under_run() -> dict[str, Any]:
+    """examples/train_digits.py on the GPU, plainly and under `rocm-patch run`."""
+    script = str(ROOT / "examples" / "train_digits.py")
+    plain = run_script(script, "--device", "cuda")
+    patched = run_script("-m", "rocm_patch", "run", "--backend", BACKEND, "--log", "info", script, "--device", "cuda")
+    assert plain.returncode == 0 and patched.returncode == 0, plain.stderr[-1500:] + patched.stderr[-1500:]
+    assert "cuda:0 -> im2col" in patched.stderr
+    return {"plain": plain.stdout.split("\n"), "patched": patched.stdout.split("\n")}
+
+
+def check_no_copy_to_the_host() -> dict[str, Any]:
+    """The profiler sees no device-to-host copy in a bypassed convolution, forward and backward."""
+    on()
+    copies: list[str] = []
+    kernels = 0
+    for case in CASES:
+        x = torch.randn(case.image, device="cuda", requires_grad=True)
+        w = torch.randn(case.weight, device="cuda", requires_grad=True)
+        b = torch.randn(case.weight[0], device="cuda", requires_grad=True)
+        grad = torch.ones(case.spec("forward").grad, device="cuda")
+        call = (x, w, b, case.stride, case.padding, case.dilation, case.groups)
+        CONVS[len(case.stride)](*call).backward(grad)
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
+            CONVS[len(case.stride)](*call).backward(grad)
+            torch.cuda.synchronize()
+        events = [event.name for event in profile.events()]
+        kernels += sum("gemm" in name.lower() or "cutlass" in name.lower() for name in events)
+        copies += [f"{case.why}: {name}" for name in events if "DtoH" in name or "Device -> Host" in name]
+        vendor = [name for name in events if "cudnn" in name.lower() or "miopen" in name.lower()]
+        assert not [name for name in vendor if not name.startswith("aten::")], (case.why, vendor)
+    off()
+    assert not copies, copies
+    assert kernels, "the profiler saw no matrix product at all"
+    return {"cases": len(CASES), "matrix_products_seen": kernels, "copies": copies}
+
+
+def check_workspace() -> dict[str, Any]:
+    """Peak memory of each strategy beyond inputs and result, as a share of what `workspace_bytes` states."""
+    rows = {}
+    budget = workspace_budget(torch.device("cuda"))
+    for name, (n, c, h, w, k, r, s, p, g) in LAYERS.items():
+        case = Case(name, (n, c, h, w), (k, c // g, r, r), (s, s), (p, p), (1, 1), g)
+        for direction in DIRECTIONS:
+            spec = case.spec(direction, "float32", "cuda:0")
+            shapes = {"image": spec.image, "grad": spec.grad, "weight": spec.weight}
+            needs = {
+                "forward": ("image", "weight"),
+                "grad_input": ("grad", "weight"),
+                "grad_weight": ("image", "grad"),
+            }
+            operands = [torch.randn(shapes[one], device="cuda") for one in needs[direction]]
+            for strategy in STRATEGIES:
+                if strategy.rejects(spec):
+                    continue
+                strategy.run(spec, *operands, budget)
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                result = strategy.run(spec, *operands, budget)
+                torch.cuda.synchronize()
+                used = torch.cuda.max_memory_allocated() - before - result.numel() * result.element_size()
+                stated = strategy.workspace_bytes(spec, budget)
+                rows[f"{name} {direction} {strategy.name}"] = {"used_mib": used / 2**20, "stated_mib": stated / 2**20}
+                del result
+    over = {key: row for key, row in rows.items() if row["used_mib"] > row["stated_mib"] * 1.05 + 2}
+    return {"rows": rows, "beyond_what_is_stated": over}
+
+
+def check_machinery() -> dict[str, Any]:
+    """No dispatcher warning; traced, compiled, autocast and GradScaler training reach the override."""
+    quiet = run_script("-W", "ignore::DeprecationWarning", "-c", (
+        "import torch, rocm_patch\n"
+        f"assert rocm_patch.enable_miopen_bypass(backend='{BACKEND}')\n"
+        "m = torch.nn.Conv2d(3, 4, 3).cuda(); x = torch.randn(2, 3, 8, 8, device='cuda')\n"
+        "t = torch.jit.trace(m, x); t(x).sum().backward()\n"
+        "print(rocm_patch.bypass_report())\n"
+    ))  # fmt: skip
+    assert quiet.returncode == 0 and quiet.stderr == "", quiet.stderr
+    assert "im2col" in quiet.stdout
+
+    import torchvision
+
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=10).cuda()
+    images, labels = torch.randn(8, 3, 96, 96, device="cuda"), torch.randint(0, 10, (8,), device="cuda")
+    model.eval()
+    off()
+    expected = model(images)
+    on()
+    compiled = torch.compile(model, fullgraph=True)
+    out = compiled(images)
+    F.cross_entropy(out, labels).backward()
+    compile_error = relative(out.detach(), expected.detach())
+    assert compile_error < 1e-4, compile_error
+    model.train()
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        net = model.to(memory_format=memory_format)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+        scaler = torch.amp.GradScaler("cuda")
+        for _ in range(3):
+            with torch.autocast("cuda", dtype=torch.float16):
+                loss = F.cross_entropy(net(images.contiguous(memory_format=memory_format)), labels)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert math.isfinite(loss.item())
+    graph_input = torch.randn(2, 8, 16, 16, device="cuda")
+    conv = torch.nn.Conv2d(8, 8, 3, padding=1).cuda()
+    conv(graph_input)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        captured = conv(graph_input)
+    graph_input.copy_(torch.randn_like(graph_input))
+    graph.replay()
+    eager = conv(graph_input)
+    assert torch.allclose(captured, eager, atol=1e-5)
+    off()
+    return {"compile_relative_error": compile_error, "amp_last_loss": loss.item(), "cuda_graph": "replayed"}
+
+
+def check_guarded() -> dict[str, Any]:
+    """Under `guarded` native serves, and a MIOpen error falls through to a bypass on the device."""
+    os.environ["ROCM_PATCH_FAULT"] = "error:grad_weight"
+    rocm_patch.enable_miopen_bypass("guarded", backend=BACKEND)
+    del os.environ["ROCM_PATCH_FAULT"]
+    x = torch.randn(2, 3, 8, 8, device="cuda", requires_grad=True)
+    w = torch.randn(4, 3, 3, 3, device="cuda", requires_grad=True)
+    F.conv2d(x, w).sum().backward()
+    report = rocm_patch.bypass_report()
+    off()
+    exact = w.detach().double().cpu().requires_grad_()
+    F.conv2d(x.detach().double().cpu(), exact).sum().backward()
+    error = relative(w.grad, exact.grad)
+    assert error < 1e-5, error
+    assert "native     forward" in report and "im2col     grad_weight" in report, report
+    return {"report": report.split("\n")}
+
+
+def milliseconds(function: Any, repeats: int = 10) -> float:
+    for _ in range(3):
+        function()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[len(times) // 2]
+
+
+def measure_layers() -> dict[str, Any]:
+    """Forward and both gradients in ms, median of 10: vendor library, vendor switched off, this package."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    rows: dict[str, Any] = {}
+    for dtype in (torch.float32, torch.float16):
+        for name, (n, c, h, w, k, r, s, p, g) in LAYERS.items():
+            x = torch.randn(n, c, h, w, device="cuda", dtype=dtype, requires_grad=True)
+            weight = torch.randn(k, c // g, r, r, device="cuda", dtype=dtype, requires_grad=True)
+            grad = torch.randn_like(F.conv2d(x, weight, None, s, p, 1, g))
+
+            def step(x=x, weight=weight, grad=grad, s=s, p=p, g=g) -> None:
+                torch.autograd.grad(F.conv2d(x, weight, None, s, p, 1, g), (x, weight), grad)
+
+            row = {}
+            off()
+            torch.backends.cudnn.benchmark = True
+            row["vendor_ms"] = milliseconds(step)
+            with torch.backends.cudnn.flags(enabled=False):
+                row["vendor_off_ms"] = milliseconds(step, 5)
+            on()
+            row["ours_ms"] = milliseconds(step)
+            off()
+            rows[f"{str(dtype).removeprefix('torch.')} {name}"] = row
+    means = {}
+    for dtype in ("float32", "float16"):
+        chosen = [row for key, row in rows.items() if key.startswith(dtype)]
+        for peer in ("vendor", "vendor_off"):
+            logs = [math.log(row["ours_ms"] / row[f"{peer}_ms"]) for row in chosen]
+            means[f"{dtype} ours/{peer}"] = math.exp(sum(logs) / len(logs))
+    x, weight = torch.randn(1, 1, 4, 4, device="cuda"), torch.randn(1, 1, 3, 3, device="cuda")
+    overhead = {}
+    for label, switch in (("native", off), ("ours", on)):
+        switch()
+        with torch.no_grad():
+            for _ in range(50):
+                F.conv2d(x, weight)
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(1000):
+                F.conv2d(x, weight)
+            overhead[f"{label}_us_per_call"] = (time.perf_counter() - start) * 1e3
+            torch.cuda.synchronize()
+    off()
+    return {"layers": rows, "geometric_means": means, "small_call_host_time": overhead}
+
+
+def main() -> int:
+    results: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(0),
+        "versions": {
+            "torch": torch.__version__,
+            "hip": torch.version.hip,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "python": platform.python_version(),
+            "rocm_patch": rocm_patch.__version__,
+        },
+        "command": "python benchmarks/gpu_acceptance.py OUT.json",
+    }
+    failed = []
+    for name, check in list(globals().items()):
+        if name.startswith(("check_", "measure_")):
+            start = time.perf_counter()
+            try:
+                results[name] = check()
+                verdict = "ok"
+            except Exception:
+                results[name] = {"failed": traceback.format_exc()}
+                failed.append(name)
+                verdict = "FAILED\n" + traceback.format_exc()
+                off()
+            print(f"{name}: {verdict} ({time.perf_counter() - start:.1f} s)", flush=True)
+            Path(sys.argv[1]).write_text(json.dumps(results, indent=1) + "\n")
+    print(f"{len(failed)} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PATCHED_VARIABLES = (
+    "MIOPEN_DEBUG_CONV_IMPLICIT_GEMM", "HSA_OVERRIDE_GFX_VERSION", "HSA_USE_SVM", "HSA_XNACK",
+)  # fmt: skip
+_outcomes: dict[str, str] = {}
+
+
+def clean_environ(**extra):
+    """The environment without anything of ours, and what the test adds."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if "ROCM_PATCH" not in name and name not in (*PATCHED_VARIABLES, "PYTHONPATH", "VIRTUAL_ENV")
+    }
+    kept["VIRTUAL_ENV"] = sys.prefix
+    kept["OMP_NUM_THREADS"] = "1"
+    return {**kept, **extra}
+
+
+def python(*arguments, cwd=None, input=None, check=True, **environ):
+    """A fresh Python process; its output on failure."""
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, input=input, env=clean_environ(**environ),
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    if check:
+        assert done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def rocm_patch(*arguments, **options):
+    """The command line, as a user's shell starts it."""
+    return python("-m", "rocm_patch", *arguments, **options)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays_patched(monkeypatch):
+    for name in list(os.environ):
+        if "ROCM_PATCH" in name or name in PATCHED_VARIABLES:
+            monkeypatch.delenv(name)
+    yield
+    if "rocm_patch.api" in sys.modules:
+        sys.modules["rocm_patch.api"].disable_all_patches()
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "call" or report.outcome == "skipped":
+        _outcomes[report.nodeid] = report.outcome
+
+
+def pytest_sessionfinish(session):
+    import torch
+
+    folder = ROOT / ".outcomes"
+    folder.mkdir(exist_ok=True)
+    (folder / f"torch-{torch.__version__}.json").write_text(json.dumps(_outcomes))
