@@ -126,14 +126,14 @@ def check_strides_equal_natives() -> dict[str, Any]:
     return {"compared": compared, "gradient_strides_that_differ": different}
 
 
-def losses(make_model: Any, batches: list[Any], steps: int = 20) -> list[float]:
+def losses(make_model: Any, batches: list[Any], lr: float, dtype: torch.dtype, steps: int = 20) -> list[float]:
     torch.manual_seed(0)
-    model = make_model().cuda().train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    model = make_model().cuda().to(dtype).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     values = []
     for step in range(steps):
         images, labels = batches[step % len(batches)]
-        loss = F.cross_entropy(model(images), labels)
+        loss = F.cross_entropy(model(images.to(dtype)), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -146,10 +146,12 @@ def drift(first: list[float], second: list[float]) -> float:
 
 
 def check_training_equals_native() -> dict[str, Any]:
-    """20 steps of the digits network and of ResNet-18 in float32, TF32 off: losses within 1e-4 of native's.
+    """20 steps of the digits network and of ResNet-18, TF32 off: losses within 1e-4 of native's.
 
-    Beside it, how far aten's own slow kernels drift from the vendor library's in the same 20 steps: what the
-    order of float32 sums alone does.
+    A ResNet that learns from scratch is chaotic: its float32 gradients are off from float64's by up to 1 % whoever
+    computes them (`resnet18_gradient_error`), and at a learning rate of 1e-3 two implementations of the vendor's
+    own part within 20 steps. So the bound is asserted in float64 at that rate, and in float32 at one where rounding
+    is not amplified; the float32 run at 1e-3 is recorded beside the drift of aten's slow kernels.
     """
     sys.path.insert(0, str(ROOT / "examples"))
     import torchvision
@@ -159,17 +161,29 @@ def check_training_equals_native() -> dict[str, Any]:
     torch.backends.cudnn.deterministic = True
     loader = torch.utils.data.DataLoader(train_digits.make_datasets(0)[0], batch_size=64)
     digits = [(x.cuda(), y.cuda()) for x, y in loader]
-    # ResNet-18 sees the same digits, enlarged and in three channels.
-    pictures = [(F.interpolate(x, size=(96, 96)).expand(-1, 3, -1, -1).contiguous(), y) for x, y in digits]
-    programs = {
-        "train_digits": (train_digits.make_model, digits),
-        "resnet18": (lambda: torchvision.models.resnet18(num_classes=10), pictures),
+    # ResNet-18 sees the same digits, enlarged, in three channels, with noise so that no two pixels tie.
+    generator = torch.Generator("cuda").manual_seed(0)
+    pictures = []
+    for x, y in digits:
+        large = F.interpolate(x, size=(224, 224), mode="bilinear").expand(-1, 3, -1, -1)
+        noise = 0.1 * torch.randn(large.shape, generator=generator, device="cuda")
+        pictures.append((large + noise, y))
+
+    def resnet() -> Any:
+        return torchvision.models.resnet18(num_classes=10)
+
+    programs: dict[str, tuple[Any, list[Any], float, torch.dtype, bool]] = {
+        "train_digits float32 lr 1e-2": (train_digits.make_model, digits, 1e-2, torch.float32, True),
+        "resnet18 float32 lr 1e-5": (resnet, pictures, 1e-5, torch.float32, True),
+        "resnet18 float64 lr 1e-3": (resnet, pictures, 1e-3, torch.float64, True),
+        "resnet18 float32 lr 1e-3": (resnet, pictures, 1e-3, torch.float32, False),
     }
+    vendor_off_flags = {"enabled": False, "deterministic": True, "allow_tf32": False}
     report: dict[str, Any] = {}
-    for name, program in programs.items():
+    for name, (*program, asserted) in programs.items():
         off()
         native = losses(*program)
-        with torch.backends.cudnn.flags(enabled=False, deterministic=True, allow_tf32=False):
+        with torch.backends.cudnn.flags(**vendor_off_flags):
             vendor_off = losses(*program)
         on()
         ours = losses(*program)
@@ -179,9 +193,29 @@ def check_training_equals_native() -> dict[str, Any]:
             "vendor_off_against_vendor": drift(native, vendor_off),
             "first_loss": native[0],
             "last_loss": {"native": native[-1], "ours": ours[-1]},
+            "asserted": asserted,
         }
+        assert not asserted or drift(native, ours) <= 1e-4, (name, report[name])
+
+    def gradients(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model = resnet().cuda().to(dtype).train()
+        images, labels = pictures[0]
+        F.cross_entropy(model(images.to(dtype)), labels).backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    exact, native_gradients = gradients(torch.float64), gradients(torch.float32)
+    on()
+    ours_gradients = gradients(torch.float32)
+    off()
+    report["resnet18_gradient_error"] = {
+        name: {
+            "native": relative(native_gradients[name], exact[name]),
+            "ours": relative(ours_gradients[name], exact[name]),
+        }
+        for name in ("conv1.weight", "layer1.0.conv1.weight", "layer4.1.conv2.weight", "fc.weight")
+    }
     torch.backends.cudnn.deterministic = False
-    assert all(row["worst_relative_difference"] <= 1e-4 for row in report.values()), report
     return report
 
 
@@ -288,6 +322,7 @@ def check_workspace() -> dict[str, Any]:
                 rows[f"{name} {direction} {strategy.name}"] = {"used_mib": used / 2**20, "stated_mib": stated / 2**20}
                 del result
     over = {key: row for key, row in rows.items() if row["used_mib"] > row["stated_mib"] * 1.05 + 2}
+    assert not over, over
     return {"rows": rows, "beyond_what_is_stated": over}
 
 

@@ -6,6 +6,7 @@ The bypass is forced on the CPU, so that any machine can show it. Exits 1 if the
 accuracy is below 0.95, or if the patched run did not in fact bypass the native convolutions.
 """
 
+import os
 import re
 import subprocess
 import sys
@@ -26,7 +27,9 @@ SAME_ACCURACY = 0.01
 def run(name: str, command: list[str]) -> tuple[float, float, int]:
     """Accuracy, loss, and the number of convolutions that went another way than native."""
     print(f"--- {name}: {' '.join(command[1:])}", flush=True)
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    # As in an activated environment: the program's Python is the one that runs this file.
+    environ = {**os.environ, "VIRTUAL_ENV": sys.prefix}
+    process = subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stderr is not None
     assert process.stdout is not None
     routes = 0

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, clean_environ, python, rocm_patch
 
+from conftest import ROOT, clean_environ, python, rocm_patch
 from rocm_patch.launch import activate
 
 SERVED = (
@@ -25,14 +25,22 @@ def venv(tmp_path):
     site = next(folder.glob("lib/python3.*/site-packages"))
     import torch
 
-    rows = {str(Path(torch.__file__).parents[1]), *(p for p in sys.path if p.endswith("-packages")), str(ROOT / "src")}
+    rows = {
+        str(Path(torch.__file__).parents[1]),
+        *(p for p in sys.path if p.endswith("-packages")),
+        str(ROOT / "src"),
+    }
     (site / "packages.pth").write_text("\n".join(sorted(rows)))
     return folder
 
 
 def run_in(venv, *arguments, **environ):
     done = subprocess.run(
-        [str(venv / "bin/python"), *arguments], env=clean_environ(**environ), capture_output=True, text=True, timeout=120
+        [str(venv / "bin/python"), *arguments],
+        env=clean_environ(**environ),
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     return done

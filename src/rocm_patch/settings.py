@@ -92,16 +92,14 @@ def from_environ(environ: Mapping[str, str] | None = None) -> Settings:
     return Settings(**asked)
 
 
-class _StderrHandler(logging.StreamHandler[Any]):
+class _StderrHandler(logging.Handler):
     """Writes to whatever `sys.stderr` is now, as `logging.lastResort` does, so that redirection works."""
 
-    def __init__(self) -> None:
-        logging.Handler.__init__(self)
-        self.setFormatter(logging.Formatter("rocm-patch: %(message)s"))
-
-    @property
-    def stream(self) -> Any:
-        return sys.stderr
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            sys.stderr.write(f"rocm-patch: {self.format(record)}\n")
+        except Exception:  # noqa: BLE001  (logging's contract: a handler reports its own failures)
+            self.handleError(record)
 
 
 def show_log(level: str) -> None:

@@ -1,13 +1,14 @@
-"""`rocm-patch`: the commands and their options."""
+"""`rocm-patch`: the commands and their options.
 
-from __future__ import annotations
+Without `from __future__ import annotations`: the oldest typer that we allow does not read options from strings.
+"""
 
 import json
 import os
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any, NoReturn, Optional
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -15,26 +16,20 @@ from rocm_patch._version import __version__
 from rocm_patch.cli.arguments import split_run
 from rocm_patch.errors import RocmPatchError
 from rocm_patch.launch.run import BrokenScriptError, Target
-from rocm_patch.settings import BACKENDS, POLICIES, PROFILES, START_METHODS, STRATEGY_NAMES, from_environ
+from rocm_patch.settings import BACKENDS, LOG_LEVELS, POLICIES, PROFILES, START_METHODS, STRATEGY_NAMES, from_environ
 
 app = typer.Typer(
     name="rocm-patch",
     help="PyTorch that works on AMD Radeon cards AMD does not support well.",
     add_completion=False,
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
-_Backend = Annotated[
-    Optional[str],  # noqa: UP045  (typer before 0.13 reads the annotation itself)
-    typer.Option(help=f"Whose convolutions are served: {', '.join(BACKENDS)}."),
-]
-_Profile = Annotated[Optional[str], typer.Option(help=f"Environment plan: {', '.join(PROFILES)}.")]  # noqa: UP045
-_Venv = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(metavar="PATH", help="The virtual environment; the active one by default."),
-]
+# Options that are left out are empty: the oldest typer that we allow reads no `str | None`.
+_Backend = Annotated[str, typer.Option(help=f"Whose convolutions are served: {', '.join(BACKENDS)}.")]
+_Profile = Annotated[str, typer.Option(help=f"Environment plan: {', '.join(PROFILES)}.")]
+_Venv = Annotated[str, typer.Option(metavar="PATH", help="The virtual environment; the active one by default.")]
 _Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
 
@@ -42,19 +37,14 @@ def _say(text: str) -> None:
     print(f"rocm-patch: {text}", file=sys.stderr)
 
 
-def _version(asked: bool) -> None:
-    if asked:
-        print(f"rocm-patch {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
 ) -> None:
-    pass
+    if version:
+        print(f"rocm-patch {__version__}")
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command(
@@ -62,24 +52,22 @@ def _options(
 )
 def run(
     context: typer.Context,
-    backend: _Backend = None,
+    backend: _Backend = "",
     conv: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help=f"Policy ({', '.join(POLICIES)}) or strategy ({', '.join(STRATEGY_NAMES)})."),
-    ] = None,
+        str, typer.Option(help=f"Policy ({', '.join(POLICIES)}) or strategy ({', '.join(STRATEGY_NAMES)}).")
+    ] = "",
     start_method: Annotated[
-        Optional[str],  # noqa: UP045
+        str,
         typer.Option(
             help=f"Python's start method too, not the loaders' alone: {', '.join(START_METHODS)}. "
             "Without it, Python's is left alone and loaders get spawn."
         ),
-    ] = None,
-    profile: _Profile = None,
-    log: Annotated[str | None, typer.Option(help="What to say while it runs: debug, info, warning.")] = None,
+    ] = "",
+    profile: _Profile = "",
+    log: Annotated[str, typer.Option(help=f"What to say while it runs: {', '.join(LOG_LEVELS)}.")] = "",
     unset: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(metavar="NAME", help="Take a variable out of the environment first; repeatable."),
-    ] = None,
+        list[str], typer.Option(metavar="NAME", help="Take a variable out of the environment first; repeatable.")
+    ] = [],  # noqa: B006  (typer's way to say none)
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No line about what is on.")] = False,
 ) -> None:
     """Run a program patched, with nothing to edit in it; it exits with its own code."""
@@ -89,9 +77,13 @@ def run(
     if target is None:
         _fail("nothing to run", "rocm-patch run SCRIPT [ARGS], run -m MODULE, or run -- COMMAND [ARGS]")
     settings = from_environ().replaced(
-        backend=backend, conv=conv, start_method=start_method, profile=profile, log=log
+        backend=backend or None,
+        conv=conv or None,
+        start_method=start_method or None,
+        profile=profile or None,
+        log=log or None,
     )
-    launch = launcher.prepare(target, settings, os.environ, unset or ())
+    launch = launcher.prepare(target, settings, os.environ, unset)
     for notice in launch.notices:
         _say(notice)
     if not quiet:
@@ -104,14 +96,15 @@ def env(
     shell: Annotated[str, typer.Option(help="Form of the output: sh, fish or json.")] = "sh",
     as_json: _Json = False,
     explain: Annotated[bool, typer.Option(help="Say why, and what the facts say of each variable.")] = False,
-    profile: _Profile = None,
+    profile: _Profile = "",
 ) -> None:
     """Print the environment variables that this machine needs, for a shell to read."""
-    from rocm_patch.machine import build, environment, hardware
+    from rocm_patch.launch.run import program_build
+    from rocm_patch.machine import environment, hardware
 
-    settings = from_environ().replaced(profile=profile)
+    settings = from_environ().replaced(profile=profile or None)
     machine = hardware.read_machine(settings.sysfs_root)
-    plan = environment.plan(machine, build.find_build(), settings, os.environ)
+    plan = environment.plan(machine, program_build(os.environ)[1], settings, os.environ)
     shell = "json" if as_json else shell
     if shell not in ("sh", "fish", "json"):
         _fail(f"unknown shell {shell!r}; it can be sh, fish or json", "rocm-patch env --shell sh")
@@ -135,11 +128,11 @@ def env(
 
 
 @app.command()
-def activate(venv: _Venv = None) -> None:
+def activate(venv: _Venv = "") -> None:
     """Patch every program of a virtual environment, for those that have a launcher of their own."""
     from rocm_patch.launch import activate as hook
 
-    environment = hook.environment_of(venv)
+    environment = hook.environment_of(venv or None)
     path = hook.activate(environment)
     _say(
         f"{environment} is activated by {path}\n"
@@ -148,11 +141,11 @@ def activate(venv: _Venv = None) -> None:
 
 
 @app.command()
-def deactivate(venv: _Venv = None) -> None:
+def deactivate(venv: _Venv = "") -> None:
     """Take `activate` back."""
     from rocm_patch.launch import activate as hook
 
-    environment = hook.environment_of(venv)
+    environment = hook.environment_of(venv or None)
     removed = hook.deactivate(environment)
     _say(f"{environment} is deactivated" if removed else f"{environment} was not activated")
 

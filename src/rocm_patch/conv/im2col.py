@@ -22,6 +22,10 @@ from rocm_patch.conv.pointwise import channels_to_rows
 from rocm_patch.conv.spec import FORWARD, GRAD_INPUT, GRAD_WEIGHT, ConvSpec
 from rocm_patch.conv.strategy import GEMM_RTOL, Strategy
 
+# aten's col2im takes as much memory again as the columns that it is given (seen on torch 2.11, CUDA; see
+# benchmarks/results/gpu_acceptance_h200.json, check_workspace).
+_COL2IM_COPIES = 2
+
 _Chunk = tuple[slice, slice]  # samples, output rows (first spatial dimension)
 
 
@@ -136,7 +140,7 @@ def _grad_input(spec: ConvSpec, grad: torch.Tensor, weight: torch.Tensor, budget
         return _grad_volume(spec, grad, weight, budget)
     result: torch.Tensor | None = None
     banded: torch.Tensor | None = None
-    for chunk in _chunks(spec, budget):
+    for chunk in _chunks(spec, budget // _COL2IM_COPIES):
         samples, rows = chunk
         columns = _columns_of_grad(spec, grad[samples, :, rows], weight)
         if rows == slice(0, spec.out[0]):
@@ -239,8 +243,9 @@ def _rejects(spec: ConvSpec) -> str | None:
 
 
 def _workspace_bytes(spec: ConvSpec, budget: int) -> int:
+    copies = _COL2IM_COPIES if spec.direction == GRAD_INPUT else 1
     sample = _column_bytes(spec) * spec.out[0]
-    columns = min(max(budget, _column_bytes(spec)), sample * spec.batch)
+    columns = copies * min(max(budget // copies, _column_bytes(spec)), sample * spec.batch)
     padded = spec.batch * spec.image[1] * spec.itemsize
     padded *= math.prod(size + 2 * p for size, p in zip(spec.spatial, spec.padding, strict=True))
     # A chunk's product is written aside when the call is cut into chunks; operands may be copied for the GEMM.

@@ -12,13 +12,13 @@ from collections.abc import Callable
 from rocm_patch.errors import RocmPatchError
 from rocm_patch.launch.variables import LAUNCHED
 from rocm_patch.machine import backend, build, environment, hardware
+from rocm_patch.overrides.ledger import LEDGER, Entry
 from rocm_patch.settings import LOGGER, from_environ, show_log
 
 
 def before_torch() -> None:
-    """Set the environment that the machine needs, unless the launcher has done so for the whole process tree."""
-    if not os.environ.get(LAUNCHED):
-        _surviving(_set_environment)
+    """Set the environment that the machine needs; the launcher has done so for all processes below it."""
+    _surviving(_set_environment)
 
 
 def after_torch() -> None:
@@ -28,9 +28,17 @@ def after_torch() -> None:
 
 def _set_environment() -> None:
     settings = from_environ()
+    if os.environ.get(LAUNCHED):
+        LEDGER.record(
+            "environment", settings.profile, Entry(True, "set by rocm-patch run before the program started")
+        )
+        return
     machine = hardware.read_machine(settings.sysfs_root)
     plan = environment.plan(machine, build.find_build(), settings, os.environ)
     environment.apply(plan.changes, os.environ)
+    if plan.changes:
+        why = "set before torch was imported, by the environment's activation"
+        LEDGER.record("environment", settings.profile, Entry(True, why, tuple(map(str, plan.changes))))
     for notice in plan.notices:
         LOGGER.warning("%s", notice)
 

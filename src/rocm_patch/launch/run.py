@@ -19,7 +19,7 @@ from rocm_patch.errors import UsageError
 from rocm_patch.launch.hook import SOURCE_VARIABLE
 from rocm_patch.launch.variables import LAUNCHED
 from rocm_patch.machine import backend, environment, hardware
-from rocm_patch.machine.build import TorchBuild, read_build
+from rocm_patch.machine.build import TorchBuild, find_build, read_build
 from rocm_patch.settings import Settings, variable
 
 SITE_FOLDER = Path(__file__).parent / "site"
@@ -116,6 +116,11 @@ def prepare(target: Target, settings: Settings, environ: Mapping[str, str], unse
     if not settings.enabled:
         return Launch(argv, child, "off (ROCM_PATCH=0): a plain run", ())
     answer = _ask(python, child, target)
+    if not answer.get("torch") and find_build() is not None:
+        # rocm-patch was called by its path, without activating the environment that it and torch lie in.
+        python = sys.executable
+        argv = _command(target, python, environ)
+        answer = _ask(python, child, target)
     build = read_build(Path(answer["torch"])) if answer.get("torch") else None
     machine = hardware.read_machine(settings.sysfs_root)
     plan = environment.plan(machine, build, settings, child)
@@ -130,6 +135,16 @@ def prepare(target: Target, settings: Settings, environ: Mapping[str, str], unse
             "hint: activate the environment that has torch, then run again"
         )
     return Launch(argv, child, _summary(activation, settings, changes, build), tuple(notices))
+
+
+def program_build(environ: Mapping[str, str]) -> tuple[str, TorchBuild | None]:
+    """The Python that `run` would take and the torch that it has; both are read, nothing is imported."""
+    own = find_build()
+    if own is not None:
+        return sys.executable, own
+    python = program_python(environ)
+    folder = _ask(python, environ, None).get("torch")
+    return python, read_build(Path(folder)) if folder else None
 
 
 def _command(target: Target, python: str, environ: Mapping[str, str]) -> tuple[str, ...]:
@@ -157,10 +172,15 @@ def _command(target: Target, python: str, environ: Mapping[str, str]) -> tuple[s
     return (python, *target.words)
 
 
-def _ask(python: str, environ: Mapping[str, str], target: Target) -> dict[str, Any]:
+def _ask(python: str, environ: Mapping[str, str], target: Target | None) -> dict[str, Any]:
     """What the program's Python says of itself; nothing when it cannot be asked."""
     script = []
-    if target.kind == "script" and Path(target.words[0]).suffix == ".py" and Path(target.words[0]).is_file():
+    if (
+        target
+        and target.kind == "script"
+        and Path(target.words[0]).suffix == ".py"
+        and Path(target.words[0]).is_file()
+    ):
         script = [target.words[0]]
     # Our own hook need not ride in the question.
     asked = {**environ, "ROCM_PATCH": "0"}
@@ -176,7 +196,7 @@ def _ask(python: str, environ: Mapping[str, str], target: Target) -> dict[str, A
         answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return {}
-    if "syntax" in answer:
+    if target and "syntax" in answer:
         message, line = answer["syntax"]
         raise BrokenScriptError(
             f"cannot run {target.words[0]!r}: {message} (line {line})",

@@ -101,7 +101,7 @@ def plan(machine: Machine, build: TorchBuild | None, settings: Settings, environ
 def _wanted(
     machine: Machine, build: TorchBuild | None, settings: Settings
 ) -> tuple[tuple[EnvChange, ...], list[str]]:
-    if settings.profile == "none":
+    if settings.profile == "none" or not settings.enabled:
         return (), []
     if settings.profile == "document" or not machine.can_have_amd_gpu:
         return _DOCUMENT, []

@@ -105,6 +105,9 @@ def _bypassed(
     override = ACTIVE.get("CUDA" if input.is_cuda else "CPU")
     if override is not None and override.chooser == _chooser(config):
         return _ATEN_CONV_FORWARD(layer, input, weight, bias)  # aten leads to the very same place
+    if torch._C._get_tracing_state() or _is_transformed():
+        # A trace can record, and torch.func can transform, aten's operators only; the override serves them.
+        return _ATEN_CONV_FORWARD(layer, input, weight, bias)
     padding: Any = layer.padding
     if layer.padding_mode != "zeros":
         # nn.Conv2d keeps the amounts for F.pad, `same` resolved.
@@ -132,6 +135,12 @@ def _bypassed(
     if bias is not None:
         result = result + bias.view(-1, 1, 1)
     return result.squeeze(0) if input.dim() == 3 else result
+
+
+def _is_transformed() -> bool:
+    """Whether this call runs inside vmap, grad or another transformation of torch.func (torch 2.x)."""
+    functorch = getattr(torch._C, "_functorch", None)
+    return functorch is not None and functorch.peek_interpreter_stack() is not None
 
 
 def _autocast_dtype(input: torch.Tensor) -> torch.dtype | None:

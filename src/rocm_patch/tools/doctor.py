@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any
 
 from rocm_patch.errors import RocmPatchError
 from rocm_patch.launch import activate
+from rocm_patch.launch.run import program_build
 from rocm_patch.machine import backend, environment, hardware
-from rocm_patch.machine.build import TorchBuild, find_build
+from rocm_patch.machine.build import TorchBuild
 from rocm_patch.machine.hardware import Machine
 from rocm_patch.settings import Settings
 
@@ -34,6 +34,7 @@ class Finding:
 @dataclass(frozen=True)
 class _Context:
     machine: Machine
+    python: str
     build: TorchBuild | None
     settings: Settings
     environ: Mapping[str, str]
@@ -42,7 +43,8 @@ class _Context:
 def examine(settings: Settings, environ: Mapping[str, str] | None = None) -> list[Finding]:
     """Run every check. A check that itself fails is a finding."""
     machine = hardware.read_machine(settings.sysfs_root)
-    context = _Context(machine, find_build(), settings, os.environ if environ is None else environ)
+    environ = os.environ if environ is None else environ
+    context = _Context(machine, *program_build(environ), settings, environ)
     findings: list[Finding] = []
     for check in _CHECKS:
         name = check.__name__.removeprefix("_check_")
@@ -91,9 +93,9 @@ def _check_torch(context: _Context) -> list[Finding]:
     build = context.build
     if build is None:
         return [
-            Finding("torch", "warning", f"{sys.executable} has no torch",
-                    "doctor looks at the Python that it runs in",
-                    "run it with the program's Python: python -m rocm_patch doctor")
+            Finding("torch", "warning", f"{context.python} has no torch",
+                    "the active environment's Python is looked at, else the first on PATH",
+                    "activate the environment that has torch, then run rocm-patch doctor again")
         ]  # fmt: skip
     if build.kind != "hip" and context.machine.gpus:
         return [
