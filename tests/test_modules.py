@@ -271,3 +271,27 @@ def test_verbose_says_once_per_convolution(capfd):
     finally:
         LOGGER.handlers, LOGGER.propagate = handlers, propagate
         LOGGER.setLevel(level)
+
+
+def test_a_traced_safe_conv_records_atens_operator():
+    plain, safe = same_layers({"padding": 1})
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    traced = torch.jit.trace(safe, x)
+    assert "aten::_convolution" in str(traced.inlined_graph)
+    rocm_patch.enable_miopen_bypass("im2col", backend="cpu")
+    assert torch.allclose(traced(x), plain(x))
+
+
+@pytest.mark.skipif(torch.__version__.startswith("1."), reason="needs torch.func, torch 2.x")
+def test_torch_func_transforms_a_safe_conv():
+    from torch.func import functional_call, grad, vmap
+
+    plain, safe = same_layers({"padding": 1})
+    x = torch.randn(3, 2, 4, 6, 6, dtype=torch.float64)
+    assert torch.allclose(vmap(safe)(x), vmap(plain)(x))
+
+    def loss(parameters, layer):
+        return functional_call(layer, parameters, (x[0],)).pow(2).sum()
+
+    ours, native = (grad(loss)(dict(layer.named_parameters()), layer) for layer in (safe, plain))
+    assert all(torch.allclose(ours[name], native[name]) for name in native)
