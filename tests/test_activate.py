@@ -25,12 +25,12 @@ def venv(tmp_path):
     site = next(folder.glob("lib/python3.*/site-packages"))
     import torch
 
-    rows = {
-        str(Path(torch.__file__).parents[1]),
+    rows = [
         *(p for p in sys.path if p.endswith("-packages")),
+        str(Path(torch.__file__).parents[1]),
         str(ROOT / "src"),
-    }
-    (site / "packages.pth").write_text("\n".join(sorted(rows)))
+    ]
+    (site / "packages.pth").write_text("\n".join(dict.fromkeys(rows)))
     return folder
 
 

@@ -211,7 +211,7 @@ def test_patch_torch_nn_twice_with_another_config_warns_and_reverts_to_the_first
     original = nn.Conv2d._conv_forward
     rocm_patch.patch_torch_nn()
     rocm_patch.patch_torch_nn(Conv2dBypassConfig(strategy="im2col"))
-    assert "already" in caplog.text
+    assert "replace the old ones" in caplog.text
     rocm_patch.disable_all_patches()
     assert nn.Conv2d._conv_forward is original
 

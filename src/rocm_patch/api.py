@@ -49,12 +49,9 @@ def setup_multiprocessing(start_method: str | None = None) -> bool:
         LEDGER.refuse(_MULTIPROCESSING, _OFF)
         return start_methods.in_force() == method
     with LEDGER.lock:
-        before = LEDGER.applied(_MULTIPROCESSING)
-        if before is not None and LEDGER.arguments(_MULTIPROCESSING) == method == start_methods.in_force():
+        if LEDGER.already(_MULTIPROCESSING, method) and start_methods.in_force() == method:
             return True
-        if before is not None and LEDGER.arguments(_MULTIPROCESSING) != method:
-            LOGGER.warning("the start method was %s; it is %s now", start_methods.in_force(), method)
-        LEDGER.revert(_MULTIPROCESSING)
+        LEDGER.revert(_MULTIPROCESSING)  # the program has changed it since
         original = start_methods.in_force()
         start_methods.set_start_method(method)
         LEDGER.record(
@@ -84,12 +81,10 @@ def setup_environment(profile: str | None = None) -> tuple[environment.EnvChange
         LEDGER.refuse(_ENVIRONMENT, _OFF)
         return ()
     with LEDGER.lock:
-        if LEDGER.applied(_ENVIRONMENT) is not None:
-            if LEDGER.arguments(_ENVIRONMENT) == settings.profile:
-                return _plan(settings).changes
-            LOGGER.warning("the environment was set up already; profile %s replaces it", settings.profile)
-            LEDGER.revert(_ENVIRONMENT)
+        before = LEDGER.already(_ENVIRONMENT, settings.profile)
         plan = _plan(settings)
+        if before is not None:
+            return plan.changes
         for notice in plan.notices:
             LOGGER.warning("%s", notice)
         environment.apply(plan.changes, os.environ)

@@ -59,7 +59,8 @@ def _patch() -> None:
     from rocm_patch.overrides import aten, dataloader
 
     aten.install(activation, settings)
-    dataloader.install(settings.start_method or "spawn", persistent=False)
+    asked = settings.start_method
+    dataloader.install(asked or "spawn", persistent=False, may_yield=asked is None)
 
 
 def _surviving(step: Callable[[], None]) -> None:

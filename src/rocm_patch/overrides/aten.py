@@ -16,7 +16,7 @@ import torch
 from rocm_patch.dispatch import Dispatcher
 from rocm_patch.machine.backend import Activation
 from rocm_patch.overrides.ledger import LEDGER, Entry
-from rocm_patch.settings import LOGGER, Settings
+from rocm_patch.settings import Settings
 from rocm_patch.trust import fault
 from rocm_patch.trust.choose import Chooser
 
@@ -38,15 +38,12 @@ def install(activation: Activation, settings: Settings, native_up_to: int | None
     if key is None:
         return LEDGER.refuse(PATCH, activation.why)
     arguments = (activation.backend, activation.policy, activation.strategy, native_up_to, settings.fault)
+    chooser = Chooser(activation.policy, activation.strategy, native_up_to)
+    dispatcher = Dispatcher(chooser, fault.parse(settings.fault))
     with LEDGER.lock:
-        before = LEDGER.applied(PATCH)
+        before = LEDGER.already(PATCH, arguments)
         if before is not None:
-            if LEDGER.arguments(PATCH) == arguments:
-                return before
-            LOGGER.warning("the convolution override is on already; the new choices replace the old ones")
-        chooser = Chooser(activation.policy, activation.strategy, native_up_to)
-        dispatcher = Dispatcher(chooser, fault.parse(settings.fault))
-        LEDGER.revert(PATCH)
+            return before
         try:
             libraries = _registered(key, dispatcher)
         except RuntimeError as error:

@@ -1,7 +1,7 @@
 """The only owner of originals: what was changed, by which patch, and how to put it back.
 
 The first original of an attribute survives however often it is replaced, and reverting restores that very
-object. Standard library only.
+object.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from rocm_patch.settings import LOGGER
 
 # The patches that enable_all_patches() applies, in its order; each has its entry in a Status.
 PATCHES = ("multiprocessing", "environment", "dataloader", "miopen_bypass")
@@ -81,10 +83,19 @@ class Ledger:
         found = self._applied.get(patch)
         return None if found is None else found.entry
 
-    def arguments(self, patch: str) -> Any:
-        """What the patch in force was asked for, None if it is not in force."""
+    def already(self, patch: str, arguments: Any) -> Entry | None:
+        """The entry of a patch that is in force with these arguments.
+
+        With other arguments it is taken back with a warning, for the caller to apply it anew.
+        """
         found = self._applied.get(patch)
-        return None if found is None else found.arguments
+        if found is None:
+            return None
+        if found.arguments == arguments:
+            return found.entry
+        LOGGER.warning("the patch %s was on (%s); the new choices replace the old ones", patch, found.entry.why)
+        self.revert(patch)
+        return None
 
     def record(self, patch: str, arguments: Any, entry: Entry, *undo: Callable[[], None]) -> Entry:
         """Enter a patch that was applied, with the functions that take it back in reverse order."""

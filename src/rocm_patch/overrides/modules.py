@@ -139,8 +139,8 @@ def _bypassed(
 
 def _is_transformed() -> bool:
     """Whether this call runs inside vmap, grad or another transformation of torch.func (torch 2.x)."""
-    functorch = getattr(torch._C, "_functorch", None)
-    return functorch is not None and functorch.peek_interpreter_stack() is not None
+    stack_of = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
+    return stack_of is not None and stack_of() is not None
 
 
 def _autocast_dtype(input: torch.Tensor) -> torch.dtype | None:
@@ -265,12 +265,9 @@ def patch_torch_nn(config: Conv2dBypassConfig | None = None) -> Entry:
     forward of their own are not reached.
     """
     with LEDGER.lock:
-        before = LEDGER.applied(PATCH_NN)
+        before = LEDGER.already(PATCH_NN, config)
         if before is not None:
-            if LEDGER.arguments(PATCH_NN) == config:
-                return before
-            LOGGER.warning("torch.nn is patched already; the new configuration replaces the old one")
-        LEDGER.revert(PATCH_NN)
+            return before
 
         def rocm_patch_conv_forward(
             self: nn.Conv2d, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None

@@ -25,14 +25,21 @@ def _install_hook(here: str) -> None:
 
 
 def _run_hidden_sitecustomize(here: str) -> None:
-    """Errors are left to Python's own handling of a broken sitecustomize, as without us."""
+    """Errors go on to Python's own handling of a broken sitecustomize, as without us, after a word of ours."""
     spec = importlib.machinery.PathFinder.find_spec("sitecustomize", sys.path)
     if spec is None or spec.loader is None:
         # What Python meets where there is none: it passes over the import, and nothing is left in sys.modules.
         raise ModuleNotFoundError("No module named 'sitecustomize'", name="sitecustomize")
     module = importlib.util.module_from_spec(spec)
     sys.modules["sitecustomize"] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception:
+        sys.stderr.write(
+            f"rocm-patch: {spec.origin} fails; the program starts all the same, patched\n"
+            "hint: PYTHONVERBOSE=1 shows where, ROCM_PATCH=0 whether it is ours\n"
+        )
+        raise
 
 
 _here = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120
