@@ -138,7 +138,7 @@ def prepare(target: Target, settings: Settings, environ: Mapping[str, str], unse
 
 
 def program_build(environ: Mapping[str, str]) -> tuple[str, TorchBuild | None]:
-    """The Python that `run` would take and the torch that it has; both are read, nothing is imported."""
+    """The Python that is meant, ours where it has torch and the program's else, and its torch, from its files."""
     own = find_build()
     if own is not None:
         return sys.executable, own
