@@ -250,7 +250,7 @@ def _workspace_bytes(spec: ConvSpec, budget: int) -> int:
     padded *= math.prod(size + 2 * p for size, p in zip(spec.spatial, spec.padding, strict=True))
     # A chunk's product is written aside when the call is cut into chunks; operands may be copied for the GEMM.
     grad = math.prod(spec.grad) * spec.itemsize
-    kept = max(2, 4 // spec.itemsize) if spec.itemsize == 2 else 1
+    kept = 2 if spec.itemsize == 2 else 1  # sums kept in float32 take twice a half type's size
     return columns + padded * (kept + 1) + grad
 
 

@@ -11,10 +11,6 @@ import torch
 
 from rocm_patch.conv.spec import ConvSpec
 
-# Unit round-off of the element types: half the distance from 1 to the next number (IEEE 754; bfloat16 has 8
-# bits of significand).
-UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
-
 
 @dataclass(frozen=True)
 class Strategy:
