@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+MACHINES = ROOT / "tests" / "machines"
 PATCHED_VARIABLES = (
     "MIOPEN_DEBUG_CONV_IMPLICIT_GEMM", "HSA_OVERRIDE_GFX_VERSION", "HSA_USE_SVM", "HSA_XNACK",
 )  # fmt: skip
@@ -53,7 +54,8 @@ def _nothing_stays_patched(monkeypatch):
 
 def pytest_runtest_logreport(report):
     if report.when == "call" or report.outcome == "skipped":
-        _outcomes[report.nodeid] = report.outcome
+        is_absent = report.outcome == "skipped" and "not on this machine:" in str(report.longrepr)
+        _outcomes[report.nodeid] = "absent" if is_absent else report.outcome
 
 
 def pytest_sessionfinish(session):

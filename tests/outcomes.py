@@ -1,9 +1,13 @@
 """Fails if a test was skipped on every torch generation that ran here: such a test guards nothing.
 
+A test that needs a system package which is not on this machine says so in its reason; that is forgiven on a laptop,
+and not where `CI` is set.
+
 python tests/outcomes.py .outcomes
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -13,7 +17,8 @@ def main(folder: str) -> int:
     for file in sorted(Path(folder).glob("*.json")):
         for test, outcome in json.loads(file.read_text()).items():
             ran.setdefault(test, set()).add(outcome)
-    never = [test for test, outcomes in ran.items() if outcomes == {"skipped"}]
+    guards_nothing = {"skipped", "absent"} if os.environ.get("CI") else {"skipped"}
+    never = [test for test, outcomes in ran.items() if outcomes <= guards_nothing]
     for test in never:
         print(f"skipped everywhere: {test}")
     print(f"outcomes: {len(ran)} tests, {len(never)} skipped on every torch generation that ran")

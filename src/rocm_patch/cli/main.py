@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -30,6 +31,7 @@ app = typer.Typer(
 _Backend = Annotated[str, typer.Option(help=f"Whose convolutions are served: {', '.join(BACKENDS)}.")]
 _Profile = Annotated[str, typer.Option(help=f"Environment plan: {', '.join(PROFILES)}.")]
 _Venv = Annotated[str, typer.Option(metavar="PATH", help="The virtual environment; the active one by default.")]
+_Strict = Annotated[bool, typer.Option("--strict", help="Exit 1 for warnings too.")]
 _Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
 
@@ -113,7 +115,8 @@ def env(
             {"name": c.name, "value": c.value, "found": c.found, "why": c.why, "source": c.source}
             for c in plan.changes
         ]
-        print(json.dumps({"schema_version": 1, "variables": rows, "notices": plan.notices}, indent=2))
+        notices = [str(notice) for notice in plan.notices]
+        print(json.dumps({"schema_version": 1, "variables": rows, "notices": notices}, indent=2))
         return
     for change in plan.changes:
         if explain:
@@ -124,7 +127,7 @@ def env(
         elif not explain:
             _say(str(change))
     for notice in plan.notices:
-        _say(notice)
+        _say(str(notice))
 
 
 @app.command()
@@ -152,22 +155,29 @@ def deactivate(venv: _Venv = "") -> None:
 
 @app.command()
 def doctor(
+    file: Annotated[
+        str,
+        typer.Argument(metavar="[FILE]", help="A log or traceback (- for stdin) or a Python script to look at."),
+    ] = "",
     as_json: _Json = False,
-    strict: Annotated[bool, typer.Option(help="Exit 1 for warnings too.")] = False,
+    strict: _Strict = False,
 ) -> None:
-    """Look at this machine: what is there, what would be on, what is in the way."""
+    """Look at this machine, or at a log: what is there, what would be on, what is in the way."""
     from rocm_patch.tools import doctor as tool
 
-    findings = tool.examine(from_environ())
+    settings = from_environ()
+    findings = tool.examine_log(Path(file), settings) if file else tool.examine(settings)
     if as_json:
         print(json.dumps(tool.document(findings), indent=2))
     else:
         for finding in findings:
             print(f"{finding.level:<8} {finding.check}: {finding.summary}")
-            if finding.why:
+            if finding.why and finding.level != "ok":
                 print(f"{'':<8}   why: {finding.why}")
             if finding.fix:
                 print(f"{'':<8}   fix: {finding.fix}")
+            if finding.source and finding.level != "ok":
+                print(f"{'':<8}   source: {finding.source}")
     levels = {finding.level for finding in findings}
     if "failure" in levels or (strict and "warning" in levels):
         raise typer.Exit(1)

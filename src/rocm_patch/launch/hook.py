@@ -12,7 +12,7 @@ from typing import Any
 
 # Where `rocm-patch run` lies, for a program whose own Python has no rocm_patch (ours came by pipx).
 SOURCE_VARIABLE = "_ROCM_PATCH_SOURCE"
-_PACKAGES = ("rocm_patch", "patches")
+_PACKAGES = ("rocm_patch", "patches", "tomli")  # tomli: the catalog needs it on Python 3.10
 
 
 class _TorchFinder:
@@ -85,7 +85,7 @@ def _import_attach() -> Any:
 
 
 class _SourceFinder:
-    """Finds rocm_patch where the launcher lies, and nothing else of what lies there."""
+    """Finds rocm_patch and what it needs where the launcher lies, and nothing else of what lies there."""
 
     def __init__(self, source: str) -> None:
         self._source = source

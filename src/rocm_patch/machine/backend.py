@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rocm_patch.machine import catalog
 from rocm_patch.machine.build import TorchBuild
 from rocm_patch.machine.hardware import Machine
 from rocm_patch.settings import POLICIES, Settings
@@ -21,12 +22,15 @@ class Activation:
         policy: `bypass`, `guarded` or `native`.
         strategy: a strategy's name that the user asked for.
         why: the reason, in words.
+        bypass_dtypes: under `guarded`, the types that are bypassed all the same: their native convolutions are
+            known to crash on a card of this machine, which no guard in the process can catch.
     """
 
     backend: str | None
     policy: str
     strategy: str | None
     why: str
+    bypass_dtypes: tuple[str, ...] = ()
 
     @property
     def dispatch_key(self) -> str | None:
@@ -37,10 +41,9 @@ class Activation:
 def decide(machine: Machine, build: TorchBuild | None, settings: Settings) -> Activation:
     """The activation for one machine, build and user."""
     backend, default_policy, why = _backend(machine, build, settings)
-    if settings.conv is None:
-        return Activation(backend, default_policy, None, why)
-    if settings.conv in POLICIES:
-        return Activation(backend, settings.conv, None, why)
+    if settings.conv is None or settings.conv in POLICIES:
+        dtypes = {dtype for row in _archs(machine) for dtype in row.bypass_dtypes} if backend == "hip" else ()
+        return Activation(backend, settings.conv or default_policy, None, why, tuple(sorted(dtypes)))
     return Activation(backend, "bypass", settings.conv, why)
 
 
@@ -58,12 +61,23 @@ def _backend(machine: Machine, build: TorchBuild | None, settings: Settings) -> 
                 "native",
                 f"backend {asked} asked for, but torch {build.version} is a {build.kind} build",
             )
-        default = "bypass" if asked != "hip" or machine.has_rdna1 else "guarded"
+        default = "bypass" if asked != "hip" else _policy(machine)[0]
         return asked, default, f"backend {asked} asked for"
     if build.kind != "hip":
         return None, "native", f"torch {build.version} is a {build.kind} build, MIOpen is not in it"
     if not machine.can_have_amd_gpu:
         return None, "native", "neither /dev/kfd nor /dev/dxg is here: no AMD GPU can be used"
-    if machine.has_rdna1:
-        return "hip", "bypass", "RDNA1 card: MIOpen convolutions are known to hang"
-    return "hip", "guarded", "AMD card: native convolutions with fallback"
+    return "hip", *_policy(machine)
+
+
+def _policy(machine: Machine) -> tuple[str, str]:
+    """The policy for every card of the machine, the most careful one of them, and why."""
+    for row in _archs(machine):
+        if row.policy == "bypass":
+            return "bypass", f"{row.generation} card ({row.gfx}): {row.policy_note}"
+    return "guarded", "AMD card: native convolutions with fallback"
+
+
+def _archs(machine: Machine) -> list[catalog.Arch]:
+    known = (catalog.arch(gpu.gfx) for gpu in machine.gpus)
+    return [row for row in known if row is not None]

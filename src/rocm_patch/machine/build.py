@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
-import mmap
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+from rocm_patch.machine import catalog
+from rocm_patch.machine.device_code import cached_targets_of
+
 _ASSIGNMENT = re.compile(r"^(__version__|cuda|hip)\b[^=\n]*=\s*['\"]([^'\"]+)['\"]", re.MULTILINE)
+# Where a torch wheel, AMD's ROCm wheels beside it, and a system installation keep data files.
+_LIBRARY_ROOTS = ("torch", "_rocm_sdk_*", "rocm_sdk_*")
+_SYSTEM_ROOTS = ("opt/rocm", "opt/rocm-*", "usr")
+# Device code of libtorch_hip.so; the list that torch was built for stands in libtorch_python.so where that is
+# compressed.
+_DEVICE_LIBRARIES = ("libtorch_hip*.so*", "libtorch_python.so*")
 
 
 @dataclass(frozen=True)
@@ -32,24 +41,72 @@ class TorchBuild:
         """`hip`, `cuda` or `cpu`."""
         return "hip" if self.hip else "cuda" if self.cuda else "cpu"
 
-    def carries(self, gfx: str) -> bool:
-        """Whether the device code of this build includes native code for a chip.
+    @cached_property
+    def targets(self) -> frozenset[str]:
+        """The gfx targets that its device code is for; empty for other builds, and where nothing can be read.
 
-        Looks for the chip in the ids of clang's offload bundles (https://clang.llvm.org/docs/ClangOffloadBundler.html)
-        inside `libtorch_hip.so`, and for AMD's separate per-device package. Compressed bundles show no ids, so a
-        False is "not found".
+        From the bundles in its libraries (see `device_code`) and AMD's separate per-device packages
+        (`amd-torch-device-gfx1010`).
         """
-        package = f"amd_torch_device_{gfx}-"
-        if any(entry.name.startswith(package) for entry in self.folder.parent.glob("amd_torch_device_*")):
-            return True
-        pattern = re.compile(rb"amdgcn-amd-amdhsa--" + gfx.encode() + rb"\b")
-        for library in (self.folder / "lib").glob("libtorch_hip*.so*"):
-            if library.stat().st_size == 0:
-                continue
-            with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                if pattern.search(content):
-                    return True
-        return False
+        if self.kind != "hip":
+            return frozenset()
+        found = {
+            part
+            for entry in self.folder.parent.glob("amd_torch_device_gfx*")
+            if (part := re.match(r"amd_torch_device_(gfx[0-9a-f]+)-", entry.name + "-")) is not None
+        }
+        targets = {part[1] for part in found}
+        for pattern in _DEVICE_LIBRARIES:
+            for library in sorted((self.folder / "lib").glob(pattern)):
+                if library.is_file():
+                    targets |= cached_targets_of(library)
+        return frozenset(targets)
+
+    def carries(self, gfx: str) -> bool | None:
+        """Whether this build has native code for a chip, by itself or for its generic target; None if unknown."""
+        if not self.targets:
+            return None if self.kind == "hip" else False
+        known = catalog.arch(gfx)
+        return gfx in self.targets or bool(known and known.generic and known.generic in self.targets)
+
+
+@dataclass(frozen=True)
+class Libraries:
+    """The data files of AMD's libraries that this torch would use.
+
+    Attributes:
+        rocblas: gfx targets that rocBLAS has kernels for.
+        rocblas_folder: where these lie, empty if nowhere.
+        miopen: MIOpen's databases, by file name, without those of compiled kernels.
+        miopen_folder: where these lie, empty if nowhere.
+    """
+
+    rocblas: frozenset[str]
+    rocblas_folder: str
+    miopen: tuple[str, ...]
+    miopen_folder: str
+
+
+def find_libraries(build: TorchBuild | None, root: str = "/") -> Libraries:
+    """The rocBLAS and MIOpen files beside a build, else those of the system below `root`."""
+    bases: list[Path] = []
+    if build is not None:
+        site = build.folder.parent
+        bases += [path for pattern in _LIBRARY_ROOTS for path in sorted(site.glob(pattern)) if path.is_dir()]
+    bases += [path for pattern in _SYSTEM_ROOTS for path in sorted(Path(root).glob(pattern)) if path.is_dir()]
+    rocblas_folder, rocblas = _first(bases, ("lib/rocblas/library", "lib64/rocblas/library"), "*gfx*")
+    miopen_folder, miopen = _first(bases, ("share/miopen/db", "lib/miopen/db"), "*db*")
+    targets = {match[0] for name in rocblas for match in [re.search(r"gfx[0-9a-f]+", name)] if match}
+    return Libraries(frozenset(targets), rocblas_folder, tuple(miopen), miopen_folder)
+
+
+def _first(bases: list[Path], places: tuple[str, ...], pattern: str) -> tuple[str, list[str]]:
+    for base in bases:
+        for place in places:
+            names = sorted(path.name for path in (base / place).glob(pattern))
+            if names:
+                return str(base / place), names
+    return "", []
 
 
 def version_numbers(text: str | None) -> tuple[int, ...]:

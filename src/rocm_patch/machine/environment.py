@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, MutableMapping
+import os
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from rocm_patch.machine import catalog, fit
 from rocm_patch.machine.build import TorchBuild, version_numbers
-from rocm_patch.machine.hardware import Machine
-from rocm_patch.settings import Settings
+from rocm_patch.machine.conflicts import Notice, conflicts
+from rocm_patch.machine.fit import OVERRIDE, Fit
+from rocm_patch.machine.hardware import Gpu, Machine
+from rocm_patch.machine.visibility import VISIBILITY_VARIABLES, visible_gpus
+from rocm_patch.settings import LOGGER, Settings
 
-OVERRIDE = "HSA_OVERRIDE_GFX_VERSION"
-NATIVE_WHEEL_HINT = (
-    "install a torch build with native code for this card: AMD's own wheel index has torch for gfx1010 to "
-    "gfx1012 (https://github.com/ROCm/TheRock/blob/main/RELEASES.md)"
+# The four variables of docs/PATCHES_V1.1_SUMMARY.md; the catalog has what each of them does.
+DOCUMENT = (
+    ("MIOPEN_DEBUG_CONV_IMPLICIT_GEMM", "1"),
+    (OVERRIDE, "10.3.0"),
+    ("HSA_USE_SVM", "0"),
+    ("HSA_XNACK", "0"),
 )
+# The per-node form of the override is in libhsakmt from here on (ROCT-Thunk-Interface commit cf4935353e33).
+_PER_NODE_OVERRIDE = (6, 3)
 
 
 @dataclass(frozen=True)
@@ -27,6 +37,7 @@ class EnvChange:
         why: what it does here, in words.
         source: where the fact comes from.
         found: the value that was there before, None if unset. A value of the user's is kept.
+        is_folder: whether the value names a folder that must exist and belong to this user.
     """
 
     name: str
@@ -34,6 +45,7 @@ class EnvChange:
     why: str
     source: str
     found: str | None = None
+    is_folder: bool = False
 
     @property
     def changes(self) -> bool:
@@ -53,83 +65,173 @@ class Plan:
     """The variables for one machine and build, and what the user must know beside them."""
 
     changes: tuple[EnvChange, ...]
-    notices: tuple[str, ...] = ()
-
-
-# The four variables of docs/PATCHES_V1.1_SUMMARY.md, each with what its own source code says of it.
-_DOCUMENT = (
-    EnvChange(
-        "MIOPEN_DEBUG_CONV_IMPLICIT_GEMM",
-        "1",
-        "leaves MIOpen's implicit GEMM solvers on, which is MIOpen's default; only 0 changes anything",
-        "MIOpen rocm-5.2.0 src/ocl/convolutionocl.cpp, src/include/miopen/env.hpp",
-    ),
-    EnvChange(
-        OVERRIDE,
-        "10.3.0",
-        "makes the card pass for gfx1030, the nearest chip that torch 1.13.1+rocm5.2 carries code for; that code "
-        "lacks the work-arounds for gfx101x hardware bugs, so a native build is better where there is one",
-        "ROCR-Runtime isa.cpp; LLVM AMDGPU features of gfx1010 and gfx1030",
-    ),
-    EnvChange(
-        "HSA_USE_SVM",
-        "0",
-        "asks for no shared virtual memory; ROCm knows this variable from 6.1 on, before that it is inert",
-        "ROCm/ROCT-Thunk-Interface commit 7eaddcb; absent at rocm-5.2.0",
-    ),
-    EnvChange(
-        "HSA_XNACK",
-        "0",
-        "asks for no retryable page faults; unset leaves the driver's default",
-        "ROCR-Runtime core/util/flag.h, docs/data/env_variables.rst",
-    ),
-)
-# The override is known to work up to this pair only (pytorch#106728, ROCm#2527).
-_LAST_OVERRIDE_TORCH = (1, 13, 1)
-_LAST_OVERRIDE_HIP = (5, 2)
+    notices: tuple[Notice, ...] = ()
 
 
 def plan(machine: Machine, build: TorchBuild | None, settings: Settings, environ: Mapping[str, str]) -> Plan:
     """The variables to set for this machine and build. Reads its arguments only; changes nothing."""
-    wanted, notices = _wanted(machine, build, settings)
-    return Plan(
-        tuple(dataclasses.replace(change, found=environ.get(change.name)) for change in wanted),
-        tuple(notices),
-    )
-
-
-def _wanted(
-    machine: Machine, build: TorchBuild | None, settings: Settings
-) -> tuple[tuple[EnvChange, ...], list[str]]:
     if settings.profile == "none" or not settings.enabled:
-        return (), []
+        return Plan(())
+    notices: list[Notice] = []
     if settings.profile == "document" or not machine.can_have_amd_gpu:
-        return _DOCUMENT, []
-    if not machine.has_rdna1:
-        return (), []
-    without_override = tuple(change for change in _DOCUMENT if change.name != OVERRIDE)
-    if build is None:
-        return without_override, []
-    chips = sorted({gpu.gfx for gpu in machine.gpus if gpu.is_rdna1})
-    if build.kind == "hip" and all(build.carries(gfx) for gfx in chips):
-        return without_override, []
-    is_old_enough = (
-        build.kind == "hip"
-        and version_numbers(build.version)[:3] <= _LAST_OVERRIDE_TORCH
-        and version_numbers(build.hip)[:2] <= _LAST_OVERRIDE_HIP
-    )
-    if is_old_enough:
-        return _DOCUMENT, []
-    notice = (
-        f"torch {build.version} ({build.kind} build) shows no native code for {', '.join(chips)}, and "
-        f"{OVERRIDE}=10.3.0 is known to work up to torch 1.13.1+rocm5.2 only; it is not set\n"
-        f"hint: {NATIVE_WHEEL_HINT}"
-    )
-    return without_override, [notice]
+        wanted = _document(with_override=True)
+    else:
+        wanted, notices = _for_cards(machine, build, environ)
+        wanted += _folders(machine, build)
+        notices += conflicts(machine, build, environ)
+    changes = (dataclasses.replace(change, found=environ.get(change.name)) for change in wanted)
+    return Plan(tuple(changes), tuple(notices))
 
 
-def apply(changes: tuple[EnvChange, ...], environ: MutableMapping[str, str]) -> None:
-    """Set what the plan sets; values that are there already stay."""
+def _document(*, with_override: bool) -> list[EnvChange]:
+    changes = []
+    for name, value in DOCUMENT:
+        known = catalog.variable(name)
+        if known and (with_override or name != OVERRIDE):
+            changes.append(EnvChange(name, value, known.meaning, "; ".join(known.sources[:2])))
+    return changes
+
+
+def _for_cards(
+    machine: Machine, build: TorchBuild | None, environ: Mapping[str, str]
+) -> tuple[list[EnvChange], list[Notice]]:
+    if build is None or build.kind != "hip":
+        # Nothing runs on the card with this torch; the document's settings wait for one that does.
+        rdna1 = [gpu for gpu in machine.gpus if gpu.generation == "RDNA1"]
+        notices = [_no_rocm(rdna1, build)] if rdna1 and build and not machine.has_nvidia else []
+        return (_document(with_override=False) if rdna1 else []), notices
+    fits = [fit.fit(gpu, build) for gpu in visible_gpus(machine.gpus, environ)]
+    per_node = version_numbers(build.hip)[:2] >= _PER_NODE_OVERRIDE and OVERRIDE not in environ
+    shown, changes = fits, []
+    if not any(environ.get(name) for name in VISIBILITY_VARIABLES):
+        shown, why, source = _shown(fits, per_node=per_node)
+        if len(shown) < len(fits):
+            places = ",".join(str(place) for place, entry in enumerate(fits) if entry in shown)
+            changes.append(EnvChange("HIP_VISIBLE_DEVICES", places, why, source))
+    changes += _overrides(machine, shown, per_node=per_node)
+    if any(entry.gpu.generation == "RDNA1" and entry.kind != "native" for entry in shown):
+        changes += _document(with_override=False)
+    return changes, [_no_code(entry, build) for entry in shown if not entry.is_usable]
+
+
+def _shown(fits: Sequence[Fit], *, per_node: bool) -> tuple[list[Fit], str, str]:
+    """The GPUs to leave visible, and why the others are hidden.
+
+    An integrated GPU is hidden where it comes before a card, so that a program's first device is the card, and
+    where the build has no native code for it: an override for its sake would hit the card too. Where an override
+    holds for every GPU, those that need another one than the largest card are hidden as well.
+    """
+    cards = [place for place, entry in enumerate(fits) if not entry.gpu.integrated and entry.is_usable]
+    if not cards:
+        return list(fits), "", ""
+    kept = [
+        entry
+        for place, entry in enumerate(fits)
+        if not entry.gpu.integrated or (place > cards[0] and entry.kind == "native")
+    ]
+    best = _largest(kept)
+    if per_node or all(entry.value == best.value for entry in kept if entry.is_usable):
+        chips = ", ".join(entry.gpu.gfx for entry in fits if entry not in kept)
+        why = f"hides the integrated GPU ({chips}), which programs would take for the card or fail on"
+        return kept, why, "https://github.com/ROCm/legacy-rocm-build/issues/4380"
+    why = f"before ROCm 6.3 an override holds for every GPU; these run with {best.value or 'none'}"
+    alike = [entry for entry in kept if entry.is_usable and entry.value == best.value]
+    return alike, why, "ROCm/ROCT-Thunk-Interface commit cf4935353e33"
+
+
+def _largest(fits: Sequence[Fit]) -> Fit:
+    return max(fits, key=lambda entry: (entry.is_usable, not entry.gpu.integrated, entry.gpu.compute_units))
+
+
+def _overrides(machine: Machine, shown: Sequence[Fit], *, per_node: bool) -> list[EnvChange]:
+    """The override for the GPUs in use: one for all, one for each node, or none."""
+    needing = [entry for entry in shown if entry.kind == "override"]
+    if not needing:
+        return []
+    are_alike = len({entry.value for entry in needing}) == 1 and len(needing) == len(machine.gpus)
+    if per_node and not are_alike:
+        changes = [
+            EnvChange(f"{OVERRIDE}_{entry.gpu.node}", entry.value, entry.why, entry.source) for entry in needing
+        ]
+        return changes + _beside(needing)
+    best = _largest(shown)
+    if best.kind != "override":
+        return []
+    return [EnvChange(OVERRIDE, best.value, best.why, best.source), *_beside([best])]
+
+
+def _beside(entries: Sequence[Fit]) -> list[EnvChange]:
+    """The variables that reports set together with an override."""
+    changes = []
+    for entry in entries:
+        known = catalog.arch(entry.gpu.gfx)
+        for assignment in known.override_with if known else ():
+            name, _, value = assignment.partition("=")
+            variable = catalog.variable(name)
+            why = f"reported to be needed beside the override on {entry.gpu.gfx}"
+            changes.append(EnvChange(name, value, f"{why}: {variable.meaning}" if variable else why, entry.source))
+    return changes
+
+
+def _no_code(entry: Fit, build: TorchBuild) -> Notice:
+    gpu = entry.gpu
+    return Notice(
+        "native_code",
+        f"torch {build.version} has no native code for {gpu.gfx} ({gpu.name}); {entry.why}",
+        "programs that use this GPU fail with an invalid device function, or worse",
+        fit.native_torch_command(gpu.gfx),
+        f"{fit.WHEELS_SOURCE}; {entry.source}",
+    )
+
+
+def _no_rocm(gpus: Sequence[Gpu], build: TorchBuild) -> Notice:
+    return Notice(
+        "native_code",
+        f"torch {build.version} is a {build.kind} build, which cannot use {gpus[0].gfx} ({gpus[0].name})",
+        "programs run on the CPU, or not at all",
+        fit.torch_command(gpus),
+        fit.WHEELS_SOURCE,
+    )
+
+
+def _folders(machine: Machine, build: TorchBuild | None) -> list[EnvChange]:
+    """MIOpen's databases, moved off a home that they do not survive on."""
+    home = machine.home
+    if build is None or build.kind != "hip" or not (home.is_network or not home.is_writable):
+        return []
+    what = f"the home folder lies on {home.file_system}" if home.is_network else "the home folder cannot be written"
+    base = f"/var/tmp/rocm-patch-{os.getuid()}/miopen"
+    rows = (("MIOPEN_USER_DB_PATH", f"{base}/db"), ("MIOPEN_CUSTOM_CACHE_DIR", f"{base}/cache"))
+    source = "ROCm/MIOpen@2d1fd997:src/db_path.cpp.in, src/binary_cache.cpp"
+    return [
+        EnvChange(name, value, f"{what}; MIOpen keeps its files here", source, None, True) for name, value in rows
+    ]
+
+
+def apply(changes: Sequence[EnvChange], environ: MutableMapping[str, str]) -> None:
+    """Set what the plan sets; values that are there already stay.
+
+    A folder is made first, for this user alone; one that is another user's is left out with a warning, since MIOpen
+    would run the kernels that it finds there.
+    """
     for change in changes:
-        if change.changes:
+        if change.changes and (not change.is_folder or _is_ours(Path(change.value))):
             environ[change.name] = change.value
+
+
+def _is_ours(folder: Path) -> bool:
+    # The part below the shared folder is what another user could have made before us.
+    private = folder.parents[1]
+    try:
+        private.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = private.lstat()
+        if status.st_uid != os.getuid() or private.is_symlink() or status.st_mode & 0o022:
+            LOGGER.warning(
+                "%s belongs to another user or can be written by others; MIOpen's files stay at home", private
+            )
+            return False
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        LOGGER.warning("cannot make %s (%s); MIOpen's files stay at home", folder, error)
+        return False
+    return True

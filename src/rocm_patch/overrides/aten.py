@@ -37,8 +37,8 @@ def install(activation: Activation, settings: Settings, native_up_to: int | None
     key = activation.dispatch_key
     if key is None:
         return LEDGER.refuse(PATCH, activation.why)
-    arguments = (activation.backend, activation.policy, activation.strategy, native_up_to, settings.fault)
-    chooser = Chooser(activation.policy, activation.strategy, native_up_to)
+    arguments = (activation, native_up_to, settings.fault)
+    chooser = Chooser(activation.policy, activation.strategy, native_up_to, bypass_dtypes=activation.bypass_dtypes)
     dispatcher = Dispatcher(chooser, fault.parse(settings.fault))
     with LEDGER.lock:
         before = LEDGER.already(PATCH, arguments)

@@ -31,12 +31,14 @@ class Chooser:
         native_up_to: under `bypass`, images whose largest side is at most this go to native, as `guarded`
             would (the original's SELECTIVE strategy).
         failed: specs that native failed in this process, with its message.
+        bypass_dtypes: under `guarded`, types that native is known to crash for on this machine.
     """
 
     policy: str = "bypass"
     preferred: str | None = None
     native_up_to: int | None = None
     failed: dict[ConvSpec, str] = field(default_factory=dict, compare=False)
+    bypass_dtypes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -51,6 +53,8 @@ class Chooser:
             return Choice(NATIVE, "policy native")
         if spec in self.failed:
             return self.bypass(spec, f"native failed here: {self.failed[spec]}")
+        if self.policy == "guarded" and spec.dtype in self.bypass_dtypes:
+            return self.bypass(spec, f"native {spec.dtype} convolutions are known to crash on this card")
         if self.policy == "guarded":
             return Choice(NATIVE, "policy guarded, no failure so far")
         if self.native_up_to is not None and max(spec.spatial) <= self.native_up_to:

@@ -1,0 +1,133 @@
+"""What the user's own environment variables do to this machine and build: the harmful, the void and the forgotten.
+
+The user's values win over the plan; this says what they cost.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rocm_patch.machine import catalog
+from rocm_patch.machine.build import TorchBuild, version_numbers
+from rocm_patch.machine.fit import OVERRIDE, fit, native_torch_command, override_target
+from rocm_patch.machine.hardware import Gpu, Machine
+from rocm_patch.machine.visibility import VISIBILITY_VARIABLES, cut_off
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something the user must know: what is so, why it matters, the command that mends it."""
+
+    name: str
+    summary: str
+    why: str
+    fix: str
+    source: str
+    level: str = "warning"
+
+    def __str__(self) -> str:
+        return f"{self.summary}: {self.why}\nhint: {self.fix}"
+
+
+def conflicts(machine: Machine, build: TorchBuild | None, environ: Mapping[str, str]) -> list[Notice]:
+    """What is wrong with the variables that are set already, the most harmful first."""
+    found: list[Notice] = []
+    for name, value in sorted(environ.items()):
+        stem, _, node = name.rpartition("_")
+        is_per_node = stem == OVERRIDE and node.isdecimal()
+        if name == OVERRIDE or is_per_node:
+            gpus = [gpu for gpu in machine.gpus if not is_per_node or gpu.node == int(node)]
+            found += _override(name, value, gpus, build)
+        if name not in VISIBILITY_VARIABLES and (override_target(value) or OVERRIDE not in (name, stem)):
+            found += _value(name, value, build)
+    return found + _visibility(machine, environ)
+
+
+def _override(name: str, value: str, gpus: list[Gpu], build: TorchBuild | None) -> list[Notice]:
+    fix = f"unset {name}"
+    variable = catalog.variable(OVERRIDE)
+    source = "; ".join(variable.sources[:2]) if variable else ""
+    pretended = override_target(value)
+    if not pretended:
+        why = "the driver library refuses it and leaves the GPU out; it must be three numbers such as 10.3.0"
+        return [Notice(name, f"{name}={value} is malformed", why, fix, source)]
+    found = []
+    for gpu in gpus:
+        known = catalog.arch(gpu.gfx)
+        if known is None or pretended == gpu.gfx:
+            continue
+        cited = "; ".join(known.sources[:2])
+        entry = fit(gpu, build) if build is not None and build.kind == "hip" else None
+        summary = f"{name}={value} on {gpu.gfx} ({gpu.name})"
+        if value in known.harmful_overrides:
+            why = f"reported to crash or hang this chip. {known.override_note}"
+            found.append(Notice(name, summary, why, fix, cited, "failure"))
+        elif entry and entry.kind == "native":
+            why = f"not needed, {entry.why}; with it the card runs code for {pretended} instead"
+            found.append(Notice(name, summary, why, fix, source))
+        elif entry and not entry.is_usable and known.override:
+            found.append(Notice(name, summary, entry.why, native_torch_command(gpu.gfx), cited))
+        elif value != known.override:
+            advice = f"{known.override} is what users report to work" if known.override else "none is known to work"
+            found.append(Notice(name, summary, f"no report of it on this chip; {advice}", fix, cited))
+    return found
+
+
+def _value(name: str, value: str, build: TorchBuild | None) -> list[Notice]:
+    """What the catalog says of one variable's value."""
+    known = catalog.variable(name)
+    if known is None:
+        return []
+    fix = f"unset {name}"
+    source = "; ".join(known.sources[:2])
+    if known.legal and not re.fullmatch(known.legal, value):
+        why = f"{known.component} does not know this value. {known.meaning}"
+        return [Notice(name, f"{name}={value} is not understood", why, fix, source)]
+    if known.debugging and value not in ("", "0"):
+        return [Notice(name, f"{name}={value} is left set", known.debugging, fix, source)]
+    if build is None or build.kind != "hip" or (name, value) in _DOCUMENTED:
+        return []
+    for component, version, since in (
+        ("ROCm", build.hip, known.since_rocm),
+        ("torch", build.version, known.since_torch),
+    ):
+        if since and version_numbers(version)[:2] < version_numbers(since)[:2]:
+            why = f"this {component} does not know the variable, {component} {since} is the first that does"
+            return [Notice(name, f"{name}={value} does nothing here", why, fix, source)]
+    return []
+
+
+# Inert where they are, but what the document sets; `env --explain` says what they do.
+_DOCUMENTED = (("HSA_USE_SVM", "0"), ("HSA_XNACK", "0"))
+
+
+def _visibility(machine: Machine, environ: Mapping[str, str]) -> list[Notice]:
+    count = len(machine.gpus)
+    found = []
+    for name in VISIBILITY_VARIABLES:
+        value = environ.get(name)
+        if not value or not count:
+            continue
+        variable = catalog.variable(name)
+        source = "; ".join(variable.sources[:2]) if variable else ""
+        wrong = cut_off(value, count)
+        if wrong is not None and not (name == "CUDA_VISIBLE_DEVICES" and environ.get("HIP_VISIBLE_DEVICES")):
+            left = len(value.split(",")[: [w.strip() for w in value.split(",")].index(wrong)])
+            why = f"{wrong!r} names none of the {count} GPUs; it and all after it are dropped, {left} stay visible"
+            found.append(Notice(name, f"{name}={value}", why, f"unset {name}", source))
+    rocr, hip = environ.get("ROCR_VISIBLE_DEVICES"), environ.get("HIP_VISIBLE_DEVICES")
+    if rocr and hip and len(hip.split(",")) > len(rocr.split(",")):
+        why = "HIP counts among the GPUs that ROCR_VISIBLE_DEVICES leaves; torch refuses to start with more of them"
+        summary = f"HIP_VISIBLE_DEVICES={hip} lists more GPUs than ROCR_VISIBLE_DEVICES={rocr}"
+        found.append(
+            Notice(
+                "HIP_VISIBLE_DEVICES",
+                summary,
+                why,
+                "unset HIP_VISIBLE_DEVICES",
+                "pytorch v2.6.0:torch/cuda/__init__.py",
+            )
+        )
+    return found

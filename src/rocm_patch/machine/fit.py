@@ -1,0 +1,136 @@
+"""How a torch build fits a GPU: native code, code of a neighbouring chip under an override, or neither."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rocm_patch.machine import catalog
+from rocm_patch.machine.build import TorchBuild, version_numbers
+from rocm_patch.machine.hardware import Gpu, gfx_name
+
+OVERRIDE = "HSA_OVERRIDE_GFX_VERSION"
+# AMD's multi-arch wheel index and the form of its extras (ROCm/TheRock RELEASES.md, "install extras").
+_NATIVE_INDEX = "https://repo.amd.com/rocm/whl-multi-arch/"
+_OFFICIAL_INDEX = "https://download.pytorch.org/whl"
+WHEELS_SOURCE = (
+    "https://pytorch.org/get-started/previous-versions/; https://github.com/ROCm/TheRock/blob/main/RELEASES.md"
+)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a build can do on one GPU.
+
+    Attributes:
+        gpu: the GPU.
+        kind: `native`, `override` (with `value`), or `none`.
+        value: the value of the override.
+        why: the reason, in words.
+        source: where the fact comes from.
+    """
+
+    gpu: Gpu
+    kind: str
+    value: str
+    why: str
+    source: str
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether torch can be expected to run on this GPU at all."""
+        return self.kind != "none"
+
+
+def fit(gpu: Gpu, build: TorchBuild) -> Fit:
+    """How a HIP build fits a GPU.
+
+    A chip that the catalog does not know is taken as native, and so is a build of the user's own whose code cannot
+    be read: there is nothing that could be advised.
+    """
+    carried = build.carries(gpu.gfx)
+    known = catalog.arch(gpu.gfx)
+    if carried is None and known is not None:
+        carried = _official_wheel_carries(build, known)
+    if carried:
+        return Fit(gpu, "native", "", f"torch {build.version} has native code for {gpu.gfx}", "read from its files")
+    if known is None or carried is None:
+        return Fit(gpu, "native", "", f"nothing is known against torch {build.version} on {gpu.gfx}", "")
+    source = "; ".join(known.sources[:2])
+    if not known.override:
+        return Fit(gpu, "none", "", f"no override is known to work for {gpu.gfx}: {known.override_note}", source)
+    pretended = override_target(known.override)
+    if not _is_at_most(build, known):
+        until = f"torch {known.override_max_torch} and ROCm {known.override_max_rocm}"
+        why = f"{OVERRIDE}={known.override} is known to work for {gpu.gfx} up to {until} only"
+        return Fit(gpu, "none", "", why, source)
+    if build.carries(pretended) is False:
+        why = f"{OVERRIDE}={known.override} needs code for {pretended}, which torch {build.version} has not either"
+        return Fit(gpu, "none", "", why, source)
+    why = f"makes {gpu.gfx} pass for {pretended}, for which torch {build.version} has code. {known.override_note}"
+    return Fit(gpu, "override", known.override, why.strip(), source)
+
+
+def override_target(value: str) -> str:
+    """The chip that an override pretends: `10.3.0` is gfx1030; empty for a value that libhsakmt would refuse."""
+    variable = catalog.variable(OVERRIDE)
+    numbers = value.split(".")
+    # The limits are libhsakmt's: major 63, minor and stepping 255 (topology.c).
+    if len(numbers) != 3 or not all(
+        number.isascii() and number.isdecimal() and len(number) < 4 for number in numbers
+    ):
+        return ""
+    major, minor, stepping = map(int, numbers)
+    if variable is None or major > 63 or minor > 255 or stepping > 255:
+        return ""
+    return gfx_name(major * 10000 + minor * 100 + stepping)
+
+
+def native_torch_command(gfx: str) -> str:
+    """The command that gets a torch with native code for a chip.
+
+    The newest of pytorch.org's wheels that carry it, else AMD's own, else, in a checkout of PyTorch, a build. We have
+    installed none of these on an AMD machine.
+    """
+    newest = catalog.releases()[-1]
+    official = next((row for row in reversed(catalog.releases()) if gfx in row.archs), None)
+    if official is not None:
+        torch = "torch" if official is newest else f"'torch=={official.torch}.*'"
+        return f"python -m pip install {torch} torchvision --index-url {_OFFICIAL_INDEX}/rocm{official.rocm[-1]}"
+    if has_native_wheel(gfx):
+        return f'python -m pip install --index-url {_NATIVE_INDEX} "torch[device-{gfx}]" "torchvision[device-{gfx}]"'
+    return f"PYTORCH_ROCM_ARCH={gfx} python -m pip install --no-build-isolation ."
+
+
+def torch_command(gpus: Sequence[Gpu]) -> str:
+    """The command that installs a torch for a machine's first card."""
+    cards = sorted(gpus, key=lambda gpu: gpu.integrated)
+    newest = catalog.releases()[-1]
+    if cards:
+        return native_torch_command(cards[0].gfx)
+    return f"python -m pip install torch torchvision --index-url {_OFFICIAL_INDEX}/rocm{newest.rocm[-1]}"
+
+
+def has_native_wheel(gfx: str) -> bool:
+    """Whether pytorch.org or AMD's own index has torch wheels for a chip."""
+    known = catalog.arch(gfx)
+    return (known is not None and known.native_index != "no") or any(gfx in row.archs for row in catalog.releases())
+
+
+def _official_wheel_carries(build: TorchBuild, known: catalog.Arch) -> bool | None:
+    """What the catalog says of pytorch.org's wheels, for a build whose files could not be read."""
+    if "+rocm" not in build.version:  # a distribution's or the user's own
+        return None
+    release = version_numbers(build.version)[:2]
+    if not known.wheels_from or release < version_numbers(known.wheels_from)[:2]:
+        return False
+    return not known.wheels_until or release <= version_numbers(known.wheels_until)[:2]
+
+
+def _is_at_most(build: TorchBuild, known: catalog.Arch) -> bool:
+    limits = ((build.version, known.override_max_torch), (build.hip, known.override_max_rocm))
+    for version, limit in limits:
+        numbers = version_numbers(limit)
+        if limit and version_numbers(version)[: len(numbers)] > numbers:
+            return False
+    return True
