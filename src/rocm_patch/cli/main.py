@@ -183,6 +183,32 @@ def doctor(
         raise typer.Exit(1)
 
 
+@app.command()
+def verify(
+    as_json: _Json = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit 1 for boxes that could not be run too.")] = False,
+    backend: _Backend = "",
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="What each box may take.")] = 120.0,
+) -> None:
+    """Try the ten boxes of the document's checklist on this machine, each in a process of its own."""
+    from rocm_patch.tools import verify as tool
+
+    boxes = tool.run(from_environ().replaced(backend=backend or None), timeout=timeout, on_box=_show_box(as_json))
+    if as_json:
+        print(json.dumps(tool.document(boxes), indent=2))
+    states = {box.state for box in boxes}
+    if "failed" in states or (strict and "not run" in states):
+        raise typer.Exit(1)
+
+
+def _show_box(to_stderr: bool) -> Any:
+    def show(box: Any) -> None:
+        line = f"{box.state:<8} {box.box}: {box.detail} ({box.seconds:.1f} s)"
+        print(line, file=sys.stderr if to_stderr else sys.stdout, flush=True)
+
+    return show
+
+
 def _fail(message: str, hint: str) -> NoReturn:
     _say(f"error: {message}\nhint: {hint}")
     raise typer.Exit(2)
