@@ -201,6 +201,34 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command()
+def report(
+    output: Annotated[
+        str,
+        typer.Option("--output", "-o", metavar="FILE", help="x.html to read (report.html by default), or x.json."),
+    ] = "",
+    as_json: _Json = False,
+    bench: Annotated[str, typer.Option(metavar="FILE", help="Put in what rocm-patch bench --json measured.")] = "",
+    verify: Annotated[bool, typer.Option(help="Run rocm-patch verify first, which uses the GPU.")] = False,
+) -> None:
+    """Put all that is known of this machine into a page to read, or a JSON file to attach to an issue."""
+    from rocm_patch.tools import report as tool
+
+    settings, boxes = from_environ(), None
+    if verify:
+        from rocm_patch.tools import verify as verifier
+
+        boxes = verifier.document(verifier.run(settings, on_box=_show_box(True)))["boxes"]
+    document = tool.collect(settings, boxes=boxes, bench=Path(bench) if bench else None)
+    is_json = as_json or output.endswith(".json")
+    text = json.dumps(document, indent=2, allow_nan=False) + "\n" if is_json else tool.render(document)
+    if as_json and not output:
+        print(text, end="")
+        return
+    tool.write(Path(output or "report.html"), text)
+    _say(f"wrote {output or 'report.html'}; look through it before you send it to anybody")
+
+
 def _show_box(to_stderr: bool) -> Any:
     def show(box: Any) -> None:
         line = f"{box.state:<8} {box.box}: {box.detail} ({box.seconds:.1f} s)"
