@@ -123,6 +123,14 @@ def test_a_cuda_build_beside_an_nvidia_card_is_no_mistake(tmp_path):
     assert wrong(staged.findings()) == []
 
 
+@pytest.mark.parametrize("version", ["2.12.0+rocm7.14.0", "2.9.1+rocm7.2.4.git39497456"])
+def test_a_build_of_amds_own_is_no_mistake(tmp_path, version):
+    staged = stage(tmp_path)
+    site = staged.torch(version, "7.2", numpy="2.1.0").parent
+    (site / "_rocm_sdk_core").mkdir()
+    assert wrong(staged.findings()) == []
+
+
 # One thing wrong each: what is done to the machine; the check, level and words that must be found; whether the fix
 # can be run here, in which case the finding must be gone after it.
 FAULTS = {}
@@ -516,6 +524,8 @@ def test_a_script_that_sets_its_variables_too_late(tmp_path):
     assert [f["check"] for f in found] == ["late_settings"] * 2
     assert "line 4: HSA_OVERRIDE_GFX_VERSION" in found[0]["summary"] and f"run {script}" in found[0]["fix"]
     script.write_text("import os\nos.environ['HSA_XNACK'] = '0'\nimport torch\n")
+    assert "no variable too late" in doctor(str(script)).stdout
+    script.write_text("import os, torch\nos.environ['PYTORCH_MIOPEN_SUGGEST_NHWC'] = '1'\n")
     assert "no variable too late" in doctor(str(script)).stdout
     script.write_text("import os (")
     assert doctor(str(script)).returncode == 1

@@ -297,6 +297,14 @@ def test_findings_on_the_users_own_variables(tmp_path, name, version, targets, e
         assert notice.name in environ and notice.fix and notice.source
 
 
+def test_a_value_that_is_the_default_is_said_and_no_warning(tmp_path):
+    build = torch_build(tmp_path, "2.4.1+rocm6.1", "6.1", targets=LIST_2_4)
+    machine = read_machine(str(MACHINES / "rx_7900_xtx"))
+    (notice,) = plan(machine, build, Settings(), {"MIOPEN_DEBUG_CONV_WINOGRAD": "1"}).notices
+    assert notice.level == "ok" and "changes nothing" in notice.summary
+    assert plan(machine, build, Settings(), {"MIOPEN_DEBUG_CONV_WINOGRAD": "0"}).notices == ()
+
+
 def test_a_variable_that_this_rocm_does_not_know(tmp_path):
     machine = read_machine(str(MACHINES / "two_cards"))
     build = torch_build(tmp_path, "2.4.1+rocm6.1", "6.1", targets=LIST_2_4)

@@ -174,6 +174,9 @@ def test_torchrun_trains_with_every_rank_patched(script):
         same = all(torch.equal(a, b) for a, b in zip(weights, other))
         import os, pathlib
         pathlib.Path(os.environ["OUT"], str(dist.get_rank())).write_text(f"{'im2col' in report} {same} {loss:.6f}")
+        # torch 2.13 itself aborts at exit now and then after gloo ("terminate called", 6 of 40 runs without us).
+        dist.barrier()
+        os._exit(0)
         """
     )
     out = os.path.dirname(path)  # noqa: PTH120

@@ -128,7 +128,7 @@ def prepare(target: Target, settings: Settings, environ: Mapping[str, str], unse
     environment.apply(changes, child)
     _hand_over(settings, child, has_rocm_patch=bool(answer.get("rocm_patch")))
     activation = backend.decide(machine, build, settings)
-    notices = [str(notice) for notice in plan.notices]
+    notices = [str(notice) for notice in plan.notices if notice.level != "ok"]
     if build is None:
         notices.append(
             f"{python} has no torch; children that have one are patched\n"

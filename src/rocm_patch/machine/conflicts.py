@@ -18,7 +18,12 @@ from rocm_patch.machine.visibility import VISIBILITY_VARIABLES, cut_off
 
 @dataclass(frozen=True)
 class Notice:
-    """Something the user must know: what is so, why it matters, the command that mends it."""
+    """Something the user must know: what is so, why it matters, the command that mends it.
+
+    Attributes:
+        name: the variable, or `native_code`.
+        level: `warning`, `failure` for what is reported to crash, `ok` for what does no harm.
+    """
 
     name: str
     summary: str
@@ -87,7 +92,12 @@ def _value(name: str, value: str, build: TorchBuild | None) -> list[Notice]:
         return [Notice(name, f"{name}={value} is not understood", why, fix, source)]
     if known.debugging and value not in ("", "0"):
         return [Notice(name, f"{name}={value} is left set", known.debugging, fix, source)]
-    if build is None or build.kind != "hip" or (name, value) in _DOCUMENTED:
+    if (name, value) in _DOCUMENTED:
+        return []
+    if known.inert and re.fullmatch(known.inert, value):
+        why = f"it is what holds without it ({known.default})"
+        return [Notice(name, f"{name}={value} changes nothing", why, fix, source, "ok")]
+    if build is None or build.kind != "hip":
         return []
     for component, version, since in (
         ("ROCm", build.hip, known.since_rocm),
@@ -100,7 +110,7 @@ def _value(name: str, value: str, build: TorchBuild | None) -> list[Notice]:
 
 
 # Inert where they are, but what the document sets; `env --explain` says what they do.
-_DOCUMENTED = (("HSA_USE_SVM", "0"), ("HSA_XNACK", "0"))
+_DOCUMENTED = (("MIOPEN_DEBUG_CONV_IMPLICIT_GEMM", "1"), ("HSA_USE_SVM", "0"), ("HSA_XNACK", "0"))
 
 
 def _visibility(machine: Machine, environ: Mapping[str, str]) -> list[Notice]:

@@ -108,6 +108,7 @@ class Variable(Row):
         since_rocm: first ROCm release that knows it, empty where every release concerned does.
         since_torch: first torch release that knows it.
         debugging: why it should not be left set, empty for variables that may be.
+        read_late: whether it may still be set after torch is imported; the others are read once, early.
     """
 
     name: str
@@ -119,6 +120,7 @@ class Variable(Row):
     since_rocm: str = ""
     since_torch: str = ""
     debugging: str = ""
+    read_late: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

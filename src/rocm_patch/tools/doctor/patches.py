@@ -8,7 +8,7 @@ from rocm_patch.errors import RocmPatchError
 from rocm_patch.launch import activate
 from rocm_patch.machine import backend
 from rocm_patch.machine import environment as plans
-from rocm_patch.tools.doctor.finding import Context, Finding, failure, ok, warning
+from rocm_patch.tools.doctor.finding import Context, Finding, ok
 
 
 def environment(context: Context) -> Iterable[Finding]:
@@ -23,8 +23,7 @@ def environment(context: Context) -> Iterable[Finding]:
     for notice in plan.notices:
         # Cards without code have a finding of their own.
         if notice.name != "native_code":
-            make = failure if notice.level == "failure" else warning
-            yield make(notice.summary, notice.why, notice.fix, notice.source)
+            yield Finding("", notice.level, notice.summary, notice.why, notice.fix, notice.source)
 
 
 def convolutions(context: Context) -> Iterable[Finding]:

@@ -33,7 +33,7 @@ def late_settings(text: str, name: str) -> list[Finding]:
     found = []
     for line, variable in _assignments(tree):
         known = catalog.variable(variable)
-        if known is not None and imported is not None and line > imported:
+        if known is not None and not known.read_late and imported is not None and line > imported:
             found.append(
                 Finding(
                     "late_settings",

@@ -90,10 +90,10 @@ def versions(context: Context) -> Iterable[Finding]:
     if row is None:
         return
     source = "; ".join(row.sources[:2])
-    found = re.search(r"\+rocm(\d+\.\d+)", build.version)
-    if found and not any(version_numbers(known)[:2] == version_numbers(found[1]) for known in row.rocm):
+    rocm = _official_rocm(build)
+    if rocm and not any(version_numbers(known)[:2] == rocm for known in row.rocm):
         yield warning(
-            f"no wheel of torch {series} was published for ROCm {found[1]}",
+            f"no wheel of torch {series} was published for ROCm {'.'.join(map(str, rocm))}",
             f"known are {', '.join(row.rocm)}; another build may work, nothing is known of it",
             f"python -m pip install 'torch=={series}.*' --index-url https://download.pytorch.org/whl/rocm{row.rocm[-1]}",
             source,
@@ -117,6 +117,13 @@ def versions(context: Context) -> Iterable[Finding]:
     else:
         beside = f", NumPy {numpy}" if numpy else ""
         yield ok(f"torch {build.version}{beside}")
+
+
+def _official_rocm(build: TorchBuild) -> tuple[int, ...]:
+    """The ROCm version of a wheel named as pytorch.org's are; AMD's own have longer names or companions."""
+    found = re.fullmatch(r"[\d.]+\+rocm(\d+\.\d+)(?:\.\d+)?", build.version)
+    is_amds = any(build.folder.parent.glob("*rocm_sdk*")) or any(build.folder.parent.glob("amd_torch_device_*"))
+    return version_numbers(found[1]) if found and not is_amds else ()
 
 
 def _python_of(build: TorchBuild) -> tuple[int, ...]:
