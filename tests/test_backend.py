@@ -1,5 +1,6 @@
 """Where the convolution override is on: the design's table."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,17 @@ def test_types_whose_native_convolutions_are_known_to_crash():
     assert decide(rdna2, HIP, Settings(conv="guarded")).bypass_dtypes == ("float16",)
     assert decide(rdna2, CPU, Settings(backend="cpu")).bypass_dtypes == ()
     assert decide(read_machine(str(MACHINES / "rx_7900_xtx")), HIP, Settings()).bypass_dtypes == ()
+
+
+def test_an_integrated_gpu_beside_a_card_decides_nothing(tmp_path):
+    shutil.copytree(MACHINES / "raphael_and_rx_7600", tmp_path, dirs_exist_ok=True, symlinks=True)
+    assert decide(read_machine(str(tmp_path)), HIP, Settings()).bypass_dtypes == ()
+    # Where the card is hidden, the integrated one is what programs see: RDNA2, whose float16 crashes.
+    shown = decide(read_machine(str(tmp_path)), HIP, Settings(), {"HIP_VISIBLE_DEVICES": "0"})
+    assert shown.bypass_dtypes == ("float16",)
+
+
+def test_a_hidden_rdna1_card_decides_nothing():
+    machine = read_machine(str(MACHINES / "two_cards"))
+    assert decide(machine, HIP, Settings(), {"HIP_VISIBLE_DEVICES": "1"}).policy == "guarded"
+    assert decide(machine, HIP, Settings(), {"HIP_VISIBLE_DEVICES": "0"}).policy == "bypass"

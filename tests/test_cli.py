@@ -114,7 +114,10 @@ def test_doctor_fails_for_a_cpu_build_on_an_amd_machine():
     done = rocm_patch("doctor", check=False, ROCM_PATCH_SYSFS_ROOT=str(MACHINES / "rx_5600_xt"))
     assert done.returncode == 1
     assert "node 1: gfx1010, " in done.stdout and "36 compute units, 6.0 GiB, PCI 0000:03:00.0" in done.stdout
-    assert " build on a machine with an AMD GPU" in done.stdout and "fix: python -m pip install" in done.stdout
+    assert (
+        " build on a machine with an AMD GPU" in done.stdout
+        and "fix: python -m pip uninstall -y torch" in done.stdout
+    )
 
 
 def test_doctor_names_a_driver_that_lists_no_gpu():

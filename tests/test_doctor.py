@@ -114,13 +114,36 @@ def test_nothing_is_wrong_on_a_healthy_machine(tmp_path, machine):
         } <= checks
 
 
-def test_a_cuda_build_beside_an_nvidia_card_is_no_mistake(tmp_path):
+@pytest.mark.parametrize("lacking", ["", "dev/dri/renderD128", "dev/kfd", "sys/class/kfd"])
+@pytest.mark.parametrize(("version", "cuda"), [("2.13.0+cu130", "13.0"), ("2.13.0+cpu", None)])
+def test_an_nvidia_machine_with_an_integrated_amd_gpu(tmp_path, lacking, version, cuda):
     staged = stage(tmp_path, "granite_ridge")
-    staged.torch("2.13.0+cu130", hip=None, cuda="13.0")
+    staged.torch(version, hip=None, cuda=cuda)
     device = "sys/bus/pci/devices/0000:01:00.0"
     for name, text in (("vendor", "0x10de"), ("device", "0x2204"), ("class", "0x030000")):
         staged.write(f"{device}/{name}", text)
+    if lacking == "sys/class/kfd":
+        shutil.rmtree(tmp_path / lacking)
+        (tmp_path / "dev/kfd").unlink()
+    elif lacking:
+        (tmp_path / lacking).unlink()
+    staged.environ["CUDA_VISIBLE_DEVICES"] = "0,1"
     assert wrong(staged.findings()) == []
+
+
+def test_an_integrated_gpu_alone_with_a_native_build(tmp_path):
+    staged = stage(tmp_path, "granite_ridge")
+    (staged.torch("2.12.0+rocm7.14.0", "7.14", targets=("gfx1036",)).parent / "_rocm_sdk_core").mkdir()
+    assert wrong(staged.findings()) == []
+
+
+def test_a_container_with_one_of_two_gpus(tmp_path):
+    staged = stage(tmp_path, "rx_6600_and_raphael")
+    (staged.torch("2.12.0+rocm7.14.0", "7.14", targets=("gfx1032",)).parent / "_rocm_sdk_core").mkdir()
+    (tmp_path / "dev/dri/renderD129").unlink()
+    findings = staged.findings()
+    assert wrong(findings) == []
+    assert any("gfx1036" in f["summary"] and "hidden" in f["summary"] for f in findings)
 
 
 @pytest.mark.parametrize("version", ["2.12.0+rocm7.14.0", "2.9.1+rocm7.2.4.git39497456"])
@@ -393,7 +416,7 @@ def open_folder():
     shutil.rmtree(folder)
 
 
-def access(folder, groups, members="", container=False):
+def access(folder, groups, members="", container=False, mode=0o660):
     staged = stage(folder)
     for path in [folder, *folder.rglob("*")]:
         if not path.is_symlink():
@@ -404,7 +427,7 @@ def access(folder, groups, members="", container=False):
         staged.write(".dockerenv", "")
     for device in (folder / "dev/kfd", folder / "dev/dri/renderD128"):
         os.chown(device, 0, 105)
-        device.chmod(0o660)
+        device.chmod(mode)
     context = Context(read_machine(str(folder)), sys.executable, None, Settings(sysfs_root=str(folder)), {})
     before = os.getgroups()
     os.setgroups(groups)
@@ -438,6 +461,13 @@ def test_a_user_who_must_log_in_again(open_folder):
 def test_a_container_without_the_group(open_folder):
     kfd, _ = access(open_folder, [], container=True)
     assert "--group-add 105" in kfd.fix
+
+
+@needs_root
+def test_a_device_that_no_group_may_open(open_folder):
+    kfd, _ = access(open_folder, [105], mode=0o600)
+    assert kfd.fix.startswith("echo 'KERNEL==") and "usermod" not in kfd.fix
+    subprocess.run(["bash", "-n", "-c", kfd.fix], check=True)
 
 
 @needs_root
@@ -527,6 +557,10 @@ def test_a_script_that_sets_its_variables_too_late(tmp_path):
     assert "no variable too late" in doctor(str(script)).stdout
     script.write_text("import os, torch\nos.environ['PYTORCH_MIOPEN_SUGGEST_NHWC'] = '1'\n")
     assert "no variable too late" in doctor(str(script)).stdout
+    script.write_text("import os\ndef main():\n    import torch\nos.environ['HSA_XNACK'] = '0'\nmain()\n")
+    assert "no variable too late" in doctor(str(script)).stdout
+    script.write_text("import os, torch\nos.environ.update({'HSA_XNACK': '0'})\nos.environ |= {'HSA_USE_SVM': '0'}\n")
+    assert doctor(str(script)).stdout.count("is set after torch") == 2
     script.write_text("import os (")
     assert doctor(str(script)).returncode == 1
 

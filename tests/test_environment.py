@@ -1,7 +1,11 @@
 """The environment plan: what each card gets with a native and with a foreign build, and what the user's own do."""
 
 import os
+import shutil
 import stat
+import subprocess
+import venv
+import zipfile
 
 import pytest
 
@@ -26,7 +30,10 @@ def _own_cache(tmp_path, monkeypatch):
 
 
 def one_gpu(root, number, *, simds=72, node=1, home=None):
-    """A machine with one card of that `gfx_target_version`."""
+    """A machine with a processor, and a card of that `gfx_target_version` as its last node."""
+    cpu = root / "sys/class/kfd/kfd/topology/nodes/0"
+    cpu.mkdir(parents=True, exist_ok=True)
+    (cpu / "properties").write_text("cpu_cores_count 16\nsimd_count 0\ngfx_target_version 0\nvendor_id 0\n")
     add_gpu(root, number, simds=simds, node=node)
     (root / "dev").mkdir(exist_ok=True)
     (root / "dev/kfd").touch()
@@ -112,7 +119,10 @@ def test_a_build_without_code_for_the_card(tmp_path, gfx, number, build, expecte
 @pytest.mark.parametrize(("version", "hip"), [("1.13.1+rocm5.2", "5.2"), ("2.12.0+rocm7.14", "7.14")])
 def test_a_native_build_gets_nothing(tmp_path, gfx, number, version, hip):
     found = plan(one_gpu(tmp_path, number), torch_build(tmp_path, version, hip, targets=[gfx]), Settings(), {})
-    assert found.changes == () and found.notices == ()
+    assert found.changes == ()
+    # ROCm 5.2 has never heard of RDNA3 and the Raphael (ROCR-Runtime isa.cpp at rocm-5.2.0).
+    is_too_old = hip == "5.2" and number >= 100306 and gfx not in ("gfx1152", "gfx1153")  # of these it is not known
+    assert bool(found.notices) == is_too_old
 
 
 def test_at_least_25_archs_from_gfx803_to_gfx1201():
@@ -202,8 +212,8 @@ def two_gpus(root, first, second, *, first_simds=72, second_simds=72):
         ("rx_6600_and_raphael", "2.12.0+rocm7.14", "7.14", ("gfx1032", "gfx1036"), {}),
         # An integrated GPU alone is somebody's only one.
         ("granite_ridge", "2.4.1+rocm6.1", "6.1", LIST_2_4, {OVERRIDE: "10.3.0"}),
-        # RX 5600 XT beside a 7900 XTX: no override from ROCm 5.3 on; the 7900's build cannot run the other.
-        ("two_cards", "2.9.0+rocm6.4", "6.4", LIST_2_4, THREE),
+        # RX 5600 XT beside a 7900 XTX: no override from ROCm 5.3 on, so programs are shown the one that works.
+        ("two_cards", "2.9.0+rocm6.4", "6.4", LIST_2_4, {"HIP_VISIBLE_DEVICES": "1"}),
     ],
 )
 def test_mixed_machines(tmp_path, name, version, hip, targets, expected):
@@ -231,6 +241,63 @@ def test_a_native_card_beside_one_that_needs_an_override(tmp_path):
 def test_two_alike_cards_share_the_override(tmp_path):
     build = torch_build(tmp_path, "2.9.0+rocm6.3", "6.3.1", targets=LIST_2_4)
     assert planned(two_gpus(tmp_path, 100302, 100301), build) == {OVERRIDE: "10.3.0"}
+
+
+def test_a_native_card_lives_with_an_override_to_itself(tmp_path):
+    # RX 6800 and RX 6700 XT on ROCm 6.1: 10.3.0 is what the 6800 is.
+    machine = two_gpus(tmp_path, 100300, 100301, first_simds=120)
+    build = torch_build(tmp_path, "2.4.1+rocm6.1", "6.1", targets=LIST_2_4)
+    assert planned(machine, build) == {OVERRIDE: "10.3.0"}
+
+
+def test_a_chip_that_rocm_does_not_know_has_no_number(tmp_path):
+    # gfx1036 is in ROCR-Runtime's isa.cpp from rocm-5.3.0 on: on 5.2 the RX 6800 is HIP's first and only device.
+    machine = two_gpus(tmp_path, 100306, 100300, first_simds=4)
+    assert planned(machine, torch_build(tmp_path / "a", "1.13.1+rocm5.2", "5.2", targets=LIST_1_13)) == {}
+    newer = torch_build(tmp_path / "b", "2.4.1+rocm6.1", "6.1", targets=LIST_2_4)
+    assert planned(machine, newer) == {"HIP_VISIBLE_DEVICES": "1"}
+    found = plan(
+        one_gpu(tmp_path / "c", 110000), torch_build(tmp_path / "d", "x", "5.2", targets=["gfx1100"]), Settings(), {}
+    )
+    assert found.changes == () and "5.3 is the first" in found.notices[0].summary
+
+
+def test_a_users_override_hides_no_card(tmp_path):
+    machine = two_gpus(tmp_path, 100301, 110000, second_simds=192)
+    build = torch_build(tmp_path, "2.9.0+rocm6.4", "6.4", targets=LIST_2_4)
+    found = plan(machine, build, Settings(), {OVERRIDE: "10.3.0"})
+    assert [change.name for change in found.changes if change.changes] == []
+    assert [notice.name for notice in found.notices] == [OVERRIDE]
+
+
+def test_a_container_that_has_one_of_two_gpus(tmp_path):
+    shutil.copytree(MACHINES / "raphael_and_rx_7600", tmp_path, dirs_exist_ok=True, symlinks=True)
+    (tmp_path / "dev/dri/renderD128").unlink()
+    build = torch_build(tmp_path / "torch", "2.9.0+rocm6.4", "6.4", targets=LIST_2_4)
+    # libhsakmt does not see the other, so HIP's only device is the card, and its node is the first after the CPU's.
+    assert planned(read_machine(str(tmp_path)), build) == {f"{OVERRIDE}_1": "11.0.0"}
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in MACHINES.iterdir() if path.is_dir()))
+@pytest.mark.parametrize(
+    ("version", "hip"), [("1.13.1+rocm5.2", "5.2"), ("2.4.1+rocm6.1", "6.1"), ("2.9.0+rocm6.4", "6.4")]
+)
+def test_the_plan_has_nothing_to_say_against_itself(tmp_path, name, version, hip):
+    machine = read_machine(str(MACHINES / name))
+    build = torch_build(tmp_path, version, hip, targets=LIST_2_4)
+    environ = {}
+    first = plan(machine, build, Settings(), environ)
+    apply(first.changes, environ)
+    second = plan(machine, build, Settings(), environ)
+    assert [change for change in second.changes if change.changes] == []
+    assert set(second.notices) <= set(first.notices)
+
+
+def test_an_empty_list_is_none_given_to_hip(tmp_path):
+    machine = read_machine(str(MACHINES / "raphael_and_rx_7600"))
+    build = torch_build(tmp_path, "2.13.0+rocm7.2", "7.2", targets=["gfx1102"])
+    assert planned(machine, build, {"HIP_VISIBLE_DEVICES": ""}) == {"HIP_VISIBLE_DEVICES": "1"}
+    assert planned(machine, build, {"ROCR_VISIBLE_DEVICES": ""}) == {}
 
 
 def test_what_the_user_shows_and_hides_is_the_users(tmp_path):
@@ -274,10 +341,18 @@ def test_the_users_value_wins(tmp_path):
             "6.1",
             LIST_2_4,
             {"ROCR_VISIBLE_DEVICES": "1", "HIP_VISIBLE_DEVICES": "0,1"},
-            "refuses",
+            "1 stay visible",
             "warning",
         ),
-        ("rx_7900_xtx", "6.1", LIST_2_4, {"CUDA_VISIBLE_DEVICES": "-1"}, "0 stay visible", "warning"),
+        ("rx_7900_xtx", "6.1", LIST_2_4, {"CUDA_VISIBLE_DEVICES": "-1"}, "", None),
+        (
+            "two_cards",
+            "6.1",
+            LIST_2_4,
+            {"ROCR_VISIBLE_DEVICES": "1", "HIP_VISIBLE_DEVICES": "1"},
+            "leaves",
+            "warning",
+        ),
         ("rx_7900_xtx", "6.1", LIST_2_4, {"MIOPEN_FIND_MODE": "QUICK"}, "does not know this value", "warning"),
         ("rx_7900_xtx", "6.1", LIST_2_4, {"AMD_SERIALIZE_KERNEL": "3"}, "", "warning"),
         ("rx_7900_xtx", "6.4", LIST_2_4, {"HSA_OVERRIDE_GFX_VERSION_1": "11.0.0"}, "", None),
@@ -367,23 +442,50 @@ def test_the_documents_variables_are_the_ones_that_tests_keep_out_of_the_environ
     assert set(DOCUMENT) == set(PATCHED_VARIABLES)
 
 
-@pytest.mark.parametrize(
-    ("gfx", "command"),
-    [
-        # https://pytorch.org/get-started/previous-versions/ and .ci/docker/manywheel/build.sh at v2.13.0 and on main
-        ("gfx1100", "python -m pip install torch torchvision --index-url https://download.pytorch.org/whl/rocm7.14"),
-        (
-            "gfx900",
-            "python -m pip install 'torch==2.13.*' torchvision --index-url https://download.pytorch.org/whl/rocm7.2",
-        ),
-        # https://github.com/ROCm/TheRock/blob/main/RELEASES.md
-        (
-            "gfx1010",
-            'python -m pip install --index-url https://repo.amd.com/rocm/whl-multi-arch/ "torch[device-gfx1010]"'
-            ' "torchvision[device-gfx1010]"',
-        ),
-        ("gfx803", "PYTORCH_ROCM_ARCH=gfx803 python -m pip install --no-build-isolation ."),
-    ],
-)
-def test_the_command_for_a_native_torch(gfx, command):
-    assert native_torch_command(gfx) == command
+def test_the_command_for_a_native_torch():
+    # https://pytorch.org/get-started/previous-versions/, .ci/docker/manywheel/build.sh at v2.13.0 and on main,
+    # https://github.com/ROCm/TheRock/blob/main/RELEASES.md
+    first = "python -m pip uninstall -y torch torchvision torchaudio && python -m pip install "
+    official = "torchvision --index-url https://download.pytorch.org/whl/"
+    amds = (
+        '--index-url https://repo.amd.com/rocm/whl-multi-arch/ "torch[device-gfx1010]" "torchvision[device-gfx1010]"'
+    )
+    assert native_torch_command("gfx1100") == f"{first}torch {official}rocm7.14"
+    assert native_torch_command("gfx900") == f"{first}'torch==2.13.*' {official}rocm7.2"
+    assert native_torch_command("gfx1010") == first + amds
+    # 9.0.0 makes it pass for gfx900.
+    assert native_torch_command("gfx90c") == native_torch_command("gfx900")
+    assert native_torch_command("gfx803").endswith(
+        "PYTORCH_ROCM_ARCH=gfx803 python -m pip install --no-build-isolation ."
+    )
+
+
+def test_pip_replaces_a_build_of_the_same_version(tmp_path):
+    """The command as it is, with an index of ours in the place of pytorch.org's and a torch that is none."""
+    environment = tmp_path / "env"
+    venv.create(environment, with_pip=True)
+    index = tmp_path / "index"
+    for folder, version in (("old", "2.14.0+cpu"), ("new", "2.14.0+rocm7.14")):
+        (tmp_path / folder).mkdir()
+        for package in ("torch", "torchvision"):
+            name = f"{package}-{version}-py3-none-any.whl"
+            with zipfile.ZipFile(tmp_path / folder / name, "w") as wheel:
+                info = f"{package}-{version}.dist-info"
+                wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+                wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+                wheel.writestr(f"{info}/RECORD", "")
+            if folder == "new":
+                (index / package).mkdir(parents=True)
+                (index / package / name).write_bytes((tmp_path / folder / name).read_bytes())
+                (index / package / "index.html").write_text(f'<a href="{name}">{name}</a>')
+    environ = {**os.environ, "PATH": f"{environment}/bin:{os.environ['PATH']}", "PIP_CONFIG_FILE": "/dev/null"}
+    python = str(environment / "bin/python")
+    old = [str(path) for path in (tmp_path / "old").iterdir()]
+    subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", *old], check=True, env=environ)
+    command = native_torch_command("gfx1100").replace("https://download.pytorch.org/whl/rocm7.14", index.as_uri())
+    assert command.count("file://") == 1
+    subprocess.run(["bash", "-c", command], check=True, env=environ, capture_output=True)
+    frozen = subprocess.run(
+        [python, "-m", "pip", "freeze"], check=True, env=environ, capture_output=True, text=True
+    ).stdout
+    assert "torch==2.14.0+rocm7.14" in frozen and "+cpu" not in frozen

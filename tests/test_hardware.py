@@ -2,13 +2,15 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import MACHINES
+from conftest import MACHINES, clean_environ
 from rocm_patch.machine.hardware import gfx_name, read_machine
 
 
@@ -158,6 +160,50 @@ def test_a_file_that_this_user_may_not_read(tmp_path):
         masked.chmod(0)
     machine = read_machine(str(tmp_path))
     assert [gpu.gfx for gpu in machine.gpus] == ["gfx1100"] and machine.unread == (1,)
+
+
+def test_a_partitioned_card(tmp_path):
+    """Newer drivers put the partition's number into the function; each partition has its own heap."""
+    shutil.copytree(MACHINES / "mi300x_cpx", tmp_path, dirs_exist_ok=True, symlinks=True)
+    nodes = tmp_path / "sys/class/kfd/kfd/topology/nodes"
+    whole = (nodes / "10/properties").read_text()
+    device = tmp_path / "sys/bus/pci/devices/0000:27:00.0"
+    (device / "drm/renderD136").mkdir(parents=True)
+    for name, text in (
+        ("vendor", "0x1002"),
+        ("device", "0x74a1"),
+        ("class", "0x120000"),
+        ("mem_info_vram_total", 192 * GIB),
+    ):
+        (device / name).write_text(f"{text}\n")
+    for number in (10, 11):
+        (nodes / f"{number}/mem_banks/0").mkdir(parents=True)
+        (nodes / f"{number}/mem_banks/0/properties").write_text(f"heap_type 1\nsize_in_bytes {48 * GIB}\n")
+        location = 0x2700 | number - 10
+        (nodes / f"{number}/properties").write_text(whole.replace("location_id 9984", f"location_id {location}"))
+    machine = read_machine(str(tmp_path))
+    assert [gpu.vram_bytes // GIB for gpu in machine.gpus] == [48, 48] and machine.unlisted == ()
+
+
+@pytest.mark.parametrize("home", ["/home/ann/below", "not/absolute", "", "/nowhere"])
+def test_homes_of_every_kind(tmp_path, home):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/ann").touch()
+    assert read_machine(str(tmp_path), home).home.path
+    code = "from rocm_patch.machine.hardware import read_machine; print(read_machine().home.path)"
+    environ = {name: value for name, value in clean_environ().items() if name != "HOME"}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("/")
+
+
+def test_a_home_that_is_a_link_onto_the_network(tmp_path):
+    (tmp_path / "nfs/ann").mkdir(parents=True)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/ann").symlink_to("../nfs/ann")
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/mounts").write_text("/dev/sda1 / ext4 rw 0 0\nserver:/x /nfs nfs4 rw 0 0\n")
+    home = read_machine(str(tmp_path), "/home/ann").home
+    assert home.is_network and home.mount_point == "/nfs" and home.is_writable
 
 
 def test_links_without_atomics(tmp_path):

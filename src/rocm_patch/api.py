@@ -174,7 +174,7 @@ def enable_miopen_bypass(
 
 
 def _decide(settings: Settings) -> backend.Activation:
-    return backend.decide(hardware.read_machine(settings.sysfs_root), build.find_build(), settings)
+    return backend.decide(hardware.read_machine(settings.sysfs_root), build.find_build(), settings, os.environ)
 
 
 def enable_all_patches(

@@ -120,14 +120,15 @@ def env(
         return
     for change in plan.changes:
         if explain:
-            print(f"# {change}\n#   source: {change.source}")
-        if change.changes:
+            # A value with a line break must not leave the comment: the output is evaluated.
+            print("# " + " ".join(f"{change}".split()) + f"\n#   source: {change.source}")
+        if change.changes and environment.may_set(change):
             value = shlex.quote(change.value)
             print(f"export {change.name}={value}" if shell == "sh" else f"set -gx {change.name} {value}")
-        elif not explain:
+        elif not explain and not change.changes:
             _say(str(change))
-    for notice in plan.notices:
-        _say(str(notice))
+    for warning in plan.warnings:
+        _say(warning)
 
 
 @app.command()

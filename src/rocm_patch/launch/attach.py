@@ -39,8 +39,8 @@ def _set_environment() -> None:
     if plan.changes:
         why = "set before torch was imported, by the environment's activation"
         LEDGER.record("environment", settings.profile, Entry(True, why, tuple(map(str, plan.changes))))
-    for notice in plan.notices:
-        LOGGER.warning("%s", notice)
+    for warning in plan.warnings:
+        LOGGER.warning("%s", warning)
 
 
 def _patch() -> None:
@@ -52,7 +52,7 @@ def _patch() -> None:
 
         multiprocessing.set_start_method(settings.start_method, force=True)
     machine = hardware.read_machine(settings.sysfs_root)
-    activation = backend.decide(machine, build.find_build(), settings)
+    activation = backend.decide(machine, build.find_build(), settings, os.environ)
     if activation.backend is None and not settings.start_method:
         LOGGER.debug("off: %s", activation.why)
         return

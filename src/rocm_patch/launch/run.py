@@ -127,8 +127,8 @@ def prepare(target: Target, settings: Settings, environ: Mapping[str, str], unse
     changes = tuple(change for change in plan.changes if change.name not in unset)
     environment.apply(changes, child)
     _hand_over(settings, child, has_rocm_patch=bool(answer.get("rocm_patch")))
-    activation = backend.decide(machine, build, settings)
-    notices = [str(notice) for notice in plan.notices if notice.level != "ok"]
+    activation = backend.decide(machine, build, settings, child)
+    notices = plan.warnings
     if build is None:
         notices.append(
             f"{python} has no torch; children that have one are patched\n"

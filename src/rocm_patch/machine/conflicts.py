@@ -13,7 +13,7 @@ from rocm_patch.machine import catalog
 from rocm_patch.machine.build import TorchBuild, version_numbers
 from rocm_patch.machine.fit import OVERRIDE, fit, native_torch_command, override_target
 from rocm_patch.machine.hardware import Gpu, Machine
-from rocm_patch.machine.visibility import VISIBILITY_VARIABLES, cut_off
+from rocm_patch.machine.visibility import VISIBILITY_VARIABLES, cut_off, kept_by_rocr, visible_gpus
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,16 @@ class Notice:
 def conflicts(machine: Machine, build: TorchBuild | None, environ: Mapping[str, str]) -> list[Notice]:
     """What is wrong with the variables that are set already, the most harmful first."""
     found: list[Notice] = []
+    shown = visible_gpus(machine.gpus, environ)
     for name, value in sorted(environ.items()):
         stem, _, node = name.rpartition("_")
         is_per_node = stem == OVERRIDE and node.isdecimal()
         if name == OVERRIDE or is_per_node:
-            gpus = [gpu for gpu in machine.gpus if not is_per_node or gpu.node == int(node)]
+            gpus = [gpu for gpu in shown if not is_per_node or gpu.thunk_node == int(node)]
             found += _override(name, value, gpus, build)
         if name not in VISIBILITY_VARIABLES and (override_target(value) or OVERRIDE not in (name, stem)):
             found += _value(name, value, build)
-    return found + _visibility(machine, environ)
+    return found + (_visibility(machine, environ) if build is not None and build.kind == "hip" else [])
 
 
 def _override(name: str, value: str, gpus: list[Gpu], build: TorchBuild | None) -> list[Notice]:
@@ -114,30 +115,25 @@ _DOCUMENTED = (("MIOPEN_DEBUG_CONV_IMPLICIT_GEMM", "1"), ("HSA_USE_SVM", "0"), (
 
 
 def _visibility(machine: Machine, environ: Mapping[str, str]) -> list[Notice]:
-    count = len(machine.gpus)
     found = []
-    for name in VISIBILITY_VARIABLES:
+    counts = {
+        "ROCR_VISIBLE_DEVICES": len(kept_by_rocr(machine.gpus, {})),
+        "HIP_VISIBLE_DEVICES": len(kept_by_rocr(machine.gpus, environ)),
+        "CUDA_VISIBLE_DEVICES": len(kept_by_rocr(machine.gpus, environ)),
+    }
+    for name, count in counts.items():
         value = environ.get(name)
-        if not value or not count:
+        is_read = name != "CUDA_VISIBLE_DEVICES" or not environ.get("HIP_VISIBLE_DEVICES")
+        if not value or not machine.gpus or not is_read:
             continue
-        variable = catalog.variable(name)
-        source = "; ".join(variable.sources[:2]) if variable else ""
         wrong = cut_off(value, count)
-        if wrong is not None and not (name == "CUDA_VISIBLE_DEVICES" and environ.get("HIP_VISIBLE_DEVICES")):
-            left = len(value.split(",")[: [w.strip() for w in value.split(",")].index(wrong)])
-            why = f"{wrong!r} names none of the {count} GPUs; it and all after it are dropped, {left} stay visible"
-            found.append(Notice(name, f"{name}={value}", why, f"unset {name}", source))
-    rocr, hip = environ.get("ROCR_VISIBLE_DEVICES"), environ.get("HIP_VISIBLE_DEVICES")
-    if rocr and hip and len(hip.split(",")) > len(rocr.split(",")):
-        why = "HIP counts among the GPUs that ROCR_VISIBLE_DEVICES leaves; torch refuses to start with more of them"
-        summary = f"HIP_VISIBLE_DEVICES={hip} lists more GPUs than ROCR_VISIBLE_DEVICES={rocr}"
-        found.append(
-            Notice(
-                "HIP_VISIBLE_DEVICES",
-                summary,
-                why,
-                "unset HIP_VISIBLE_DEVICES",
-                "pytorch v2.6.0:torch/cuda/__init__.py",
+        if wrong is not None:
+            left = [entry.strip() for entry in value.split(",")].index(wrong)
+            among = (
+                " that ROCR_VISIBLE_DEVICES leaves" if name[0] != "R" and "ROCR_VISIBLE_DEVICES" in environ else ""
             )
-        )
+            why = f"{wrong!r} names none of the {count} GPUs{among}; it and the rest are dropped, {left} stay visible"
+            variable = catalog.variable(name)
+            source = "; ".join(variable.sources[:2]) if variable else ""
+            found.append(Notice(name, f"{name}={value}", why, f"unset {name}", source))
     return found

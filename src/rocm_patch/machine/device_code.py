@@ -22,7 +22,8 @@ from rocm_patch.settings import LOGGER
 
 _BUNDLE = b"__CLANG_OFFLOAD_BUNDLE__"
 _MAGIC = re.compile(_BUNDLE + b"|CCOB")  # CCOB starts a compressed bundle
-_TARGET = re.compile(rb"amdgcn-amd-amdhsa-[a-z]*-(gfx[0-9a-z-]+)")
+# An entry's name, `hipv4-amdgcn-amd-amdhsa--gfx90a:xnack-`.
+_TARGET = re.compile(rb"amdgcn-amd-amdhsa-[a-z]*-(gfx[0-9a-z-]*[0-9a-z])")
 # What torch itself answers to torch.cuda.get_arch_list(), a constant of the build.
 _ARCH_LIST = re.compile(rb"gfx[0-9a-f]{3,4}(?:[ ;]gfx[0-9a-f]{3,4})+(?=\x00)")
 # Sections that can hold the build's list of targets; the others of a torch library are GBs of kernels.
@@ -49,15 +50,14 @@ def targets_of(library: Path) -> frozenset[str]:
             sections = _sections(content)
             found: set[bytes] = set()
             for start, end in sections.get(".hip_fatbin", [(0, len(content))] if not sections else []):
-                for table in _tables(content, start, end):
-                    found.update(_TARGET.findall(table))
+                found.update(_targets(content, start, end))
             if not found:
                 content.madvise(mmap.MADV_NORMAL)
                 for name in _TEXT_SECTIONS:
                     for start, end in sections.get(name, []):
                         for listed in _ARCH_LIST.finditer(content, start, end):
                             found.update(re.split(rb"[ ;]", listed[0]))
-    return frozenset(target.decode().rstrip("-") for target in found)
+    return frozenset(target.decode() for target in found)
 
 
 def cached_targets_of(library: Path) -> frozenset[str]:
@@ -73,6 +73,8 @@ def cached_targets_of(library: Path) -> frozenset[str]:
     if identity in known:
         return frozenset(known[identity])
     found = targets_of(library)
+    if not found:  # another Python, or another version of us, may read more
+        return found
     # One entry for each path: an upgraded library takes its predecessor's place.
     kept = {key: value for key, value in known.items() if not key.startswith(f"{library}|")}
     _write_store(store, {**kept, identity: sorted(found)})
@@ -98,35 +100,42 @@ def _sections(content: mmap.mmap) -> dict[str, list[tuple[int, int]]]:
     return found
 
 
-def _tables(content: mmap.mmap, start: int, end: int) -> Iterator[bytes]:
-    """The head of each bundle between two offsets: magic, count, and a row of offset, size and name per target."""
+def _targets(content: mmap.mmap, start: int, end: int) -> Iterator[bytes]:
+    """The targets that the bundles between two offsets name in their heads."""
     # The next bundle follows after padding, so the search looks at a page or two, not at the code.
     found = _MAGIC.search(content, start, end)
     while found:
         head = content[found.start() : min(found.start() + _TABLE_BYTES, end)]
         if found[0] == _BUNDLE:
-            length, table = _bundle(head)
+            length, names = _bundle(head)
         else:
-            length, table = _compressed_length(head), _bundle(_decompressed(head))[1]
-        yield table
+            length, names = _compressed_length(head), _bundle(_decompressed(head))[1]
+        for name in names:
+            if target := _TARGET.search(name):
+                yield target[1]
         # A length from a spoilt table can be anything.
         found = _MAGIC.search(content, min(found.start() + max(length, len(found[0])), end), end)
 
 
-def _bundle(head: bytes) -> tuple[int, bytes]:
-    """Length of an uncompressed bundle and its table; (0, empty) where it is cut off."""
+def _bundle(head: bytes) -> tuple[int, list[bytes]]:
+    """Length of an uncompressed bundle and the names of its entries; (0, none) where its head is cut off.
+
+    The head is a magic, a count, and for each entry offset, size, length of the name, name.
+    """
+    names: list[bytes] = []
     try:
         (count,) = struct.unpack_from("<Q", head, len(_BUNDLE))
         position, length = len(_BUNDLE) + 8, 0
         for _ in range(count):
             if position + 24 > len(head):
-                return 0, b""
+                return 0, []
             offset, size, name_length = struct.unpack_from("<QQQ", head, position)
+            names.append(head[position + 24 : position + 24 + name_length])
             position += 24 + name_length
             length = max(length, offset + size)
     except struct.error:
-        return 0, b""
-    return length, head[:position]
+        return 0, []
+    return length, names
 
 
 def _compressed_length(head: bytes) -> int:
@@ -158,7 +167,10 @@ def _zstd(payload: bytes) -> bytes:
     try:
         from compression import zstd  # type: ignore[import-not-found,unused-ignore]  # Python 3.14
 
-        return bytes(zstd.ZstdDecompressor().decompress(payload, _TABLE_BYTES))
+        try:
+            return bytes(zstd.ZstdDecompressor().decompress(payload, _TABLE_BYTES))
+        except zstd.ZstdError:
+            return b""
     except ImportError:
         pass
     try:

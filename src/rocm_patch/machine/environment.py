@@ -13,7 +13,7 @@ from rocm_patch.machine.build import TorchBuild, version_numbers
 from rocm_patch.machine.conflicts import Notice, conflicts
 from rocm_patch.machine.fit import OVERRIDE, Fit
 from rocm_patch.machine.hardware import Gpu, Machine
-from rocm_patch.machine.visibility import VISIBILITY_VARIABLES, visible_gpus
+from rocm_patch.machine.visibility import chosen, visible_gpus
 from rocm_patch.settings import LOGGER, Settings
 
 # The four variables of docs/PATCHES_V1.1_SUMMARY.md; the catalog has what each of them does.
@@ -67,20 +67,31 @@ class Plan:
     changes: tuple[EnvChange, ...]
     notices: tuple[Notice, ...] = ()
 
+    @property
+    def warnings(self) -> list[str]:
+        """The notices that every program should hear of, in words."""
+        return [str(notice) for notice in self.notices if notice.level != "ok"]
+
 
 def plan(machine: Machine, build: TorchBuild | None, settings: Settings, environ: Mapping[str, str]) -> Plan:
     """The variables to set for this machine and build. Reads its arguments only; changes nothing."""
     if settings.profile == "none" or not settings.enabled:
         return Plan(())
     notices: list[Notice] = []
-    if settings.profile == "document" or not machine.can_have_amd_gpu:
+    has_gpu = machine.can_have_amd_gpu or machine.gpus or machine.unlisted
+    if settings.profile == "document" or not has_gpu:
         wanted = _document(with_override=True)
     else:
         wanted, notices = _for_cards(machine, build, environ)
         wanted += _folders(machine, build)
         notices += conflicts(machine, build, environ)
-    changes = (dataclasses.replace(change, found=environ.get(change.name)) for change in wanted)
+    changes = (dataclasses.replace(change, found=_found(change.name, environ)) for change in wanted)
     return Plan(tuple(changes), tuple(notices))
+
+
+def _found(name: str, environ: Mapping[str, str]) -> str | None:
+    # HIP takes an empty list for none given.
+    return environ.get(name) or None if name == "HIP_VISIBLE_DEVICES" else environ.get(name)
 
 
 def _document(*, with_override: bool) -> list[EnvChange]:
@@ -97,29 +108,35 @@ def _for_cards(
 ) -> tuple[list[EnvChange], list[Notice]]:
     if build is None or build.kind != "hip":
         # Nothing runs on the card with this torch; the document's settings wait for one that does.
-        rdna1 = [gpu for gpu in machine.gpus if gpu.generation == "RDNA1"]
-        notices = [_no_rocm(rdna1, build)] if rdna1 and build and not machine.has_nvidia else []
-        return (_document(with_override=False) if rdna1 else []), notices
+        has_rdna1 = any(gpu.generation == "RDNA1" for gpu in machine.gpus)
+        cards = [gpu for gpu in machine.gpus if not gpu.integrated]
+        notices = [_no_rocm(cards, build)] if cards and build and not machine.has_nvidia else []
+        return (_document(with_override=False) if has_rdna1 else []), notices
     fits = [fit.fit(gpu, build) for gpu in visible_gpus(machine.gpus, environ)]
+    # The user's own override holds for every GPU as they want it; before ROCm 6.3 the plan's does so too.
     per_node = version_numbers(build.hip)[:2] >= _PER_NODE_OVERRIDE and OVERRIDE not in environ
-    shown, changes = fits, []
-    if not any(environ.get(name) for name in VISIBILITY_VARIABLES):
-        shown, why, source = _shown(fits, per_node=per_node)
-        if len(shown) < len(fits):
-            places = ",".join(str(place) for place, entry in enumerate(fits) if entry in shown)
-            changes.append(EnvChange("HIP_VISIBLE_DEVICES", places, why, source))
-    changes += _overrides(machine, shown, per_node=per_node)
+    shown, why, source = list(fits), "", ""
+    if not chosen(environ):
+        shown, why, source = _shown(fits, one_for_all=not per_node and OVERRIDE not in environ)
+    changes = _overrides(machine, shown, per_node=per_node)
+    if len(shown) < len(fits):
+        # An override for all lets an old ROCm see chips that it does not know; without one it leaves them out.
+        is_global = OVERRIDE in environ or any(change.name == OVERRIDE for change in changes)
+        listed = [entry for entry in fits if is_global or fit.is_listed(entry.gpu, build)]
+        places = [str(place) for place, entry in enumerate(listed) if entry in shown]
+        if len(places) < len(listed):
+            changes.insert(0, EnvChange("HIP_VISIBLE_DEVICES", ",".join(places), why, source))
     if any(entry.gpu.generation == "RDNA1" and entry.kind != "native" for entry in shown):
         changes += _document(with_override=False)
-    return changes, [_no_code(entry, build) for entry in shown if not entry.is_usable]
+    return changes, [_no_code(entry, build) for entry in fits if not entry.is_usable and _matters(entry, fits)]
 
 
-def _shown(fits: Sequence[Fit], *, per_node: bool) -> tuple[list[Fit], str, str]:
+def _shown(fits: Sequence[Fit], *, one_for_all: bool) -> tuple[list[Fit], str, str]:
     """The GPUs to leave visible, and why the others are hidden.
 
-    An integrated GPU is hidden where it comes before a card, so that a program's first device is the card, and
-    where the build has no native code for it: an override for its sake would hit the card too. Where an override
-    holds for every GPU, those that need another one than the largest card are hidden as well.
+    Where a card can be used, GPUs that cannot be are hidden, and so is an integrated one that comes before the card,
+    so that a program's first device is the card, or that the build has no native code for: an override for its
+    sake would hit the card too. Where an override holds for every GPU, those that it does not fit are hidden.
     """
     cards = [place for place, entry in enumerate(fits) if not entry.gpu.integrated and entry.is_usable]
     if not cards:
@@ -127,37 +144,51 @@ def _shown(fits: Sequence[Fit], *, per_node: bool) -> tuple[list[Fit], str, str]
     kept = [
         entry
         for place, entry in enumerate(fits)
-        if not entry.gpu.integrated or (place > cards[0] and entry.kind == "native")
+        if entry.is_usable and (not entry.gpu.integrated or (place > cards[0] and entry.kind == "native"))
     ]
-    best = _largest(kept)
-    if per_node or all(entry.value == best.value for entry in kept if entry.is_usable):
-        chips = ", ".join(entry.gpu.gfx for entry in fits if entry not in kept)
-        why = f"hides the integrated GPU ({chips}), which programs would take for the card or fail on"
-        return kept, why, "https://github.com/ROCm/legacy-rocm-build/issues/4380"
-    why = f"before ROCm 6.3 an override holds for every GPU; these run with {best.value or 'none'}"
-    alike = [entry for entry in kept if entry.is_usable and entry.value == best.value]
-    return alike, why, "ROCm/ROCT-Thunk-Interface commit cf4935353e33"
-
-
-def _largest(fits: Sequence[Fit]) -> Fit:
-    return max(fits, key=lambda entry: (entry.is_usable, not entry.gpu.integrated, entry.gpu.compute_units))
+    value = _common_value(kept)
+    alike = [entry for entry in kept if not one_for_all or _fits_with(entry, value)]
+    if len(alike) < len(kept):
+        why = f"before ROCm 6.3 an override holds for every GPU; these run with {value or 'none'}"
+        return alike, why, "ROCm/ROCT-Thunk-Interface commit cf4935353e33"
+    chips = ", ".join(entry.gpu.gfx for entry in fits if entry not in kept)
+    why = f"hides {chips}, which programs would take for the card or fail on"
+    return kept, why, "https://github.com/ROCm/legacy-rocm-build/issues/4380"
 
 
 def _overrides(machine: Machine, shown: Sequence[Fit], *, per_node: bool) -> list[EnvChange]:
     """The override for the GPUs in use: one for all, one for each node, or none."""
     needing = [entry for entry in shown if entry.kind == "override"]
-    if not needing:
-        return []
     are_alike = len({entry.value for entry in needing}) == 1 and len(needing) == len(machine.gpus)
     if per_node and not are_alike:
-        changes = [
-            EnvChange(f"{OVERRIDE}_{entry.gpu.node}", entry.value, entry.why, entry.source) for entry in needing
-        ]
-        return changes + _beside(needing)
-    best = _largest(shown)
-    if best.kind != "override":
+        return [
+            EnvChange(f"{OVERRIDE}_{entry.gpu.thunk_node}", entry.value, entry.why, entry.source) for entry in needing
+        ] + _beside(needing)
+    value = _common_value(shown)
+    served = [entry for entry in needing if entry.value == value]
+    if not served:
         return []
-    return [EnvChange(OVERRIDE, best.value, best.why, best.source), *_beside([best])]
+    return [EnvChange(OVERRIDE, value, served[0].why, served[0].source), *_beside(served)]
+
+
+def _common_value(fits: Sequence[Fit]) -> str:
+    """The override that the largest GPU can live with: its own, or one to the very chip that it is."""
+    usable = [entry for entry in fits if entry.is_usable]
+    if not usable:
+        return ""
+    best = max(usable, key=lambda entry: (not entry.gpu.integrated, entry.gpu.compute_units))
+    if best.kind == "override":
+        return best.value
+    return next((entry.value for entry in usable if entry.value and _fits_with(best, entry.value)), "")
+
+
+def _fits_with(entry: Fit, value: str) -> bool:
+    return entry.value == value or (entry.kind == "native" and fit.override_target(value) == entry.gpu.gfx)
+
+
+def _matters(entry: Fit, fits: Sequence[Fit]) -> bool:
+    """Whether a GPU without code is worth a word: an integrated one beside a card that works is not."""
+    return not entry.gpu.integrated or not any(other.is_usable and not other.gpu.integrated for other in fits)
 
 
 def _beside(entries: Sequence[Fit]) -> list[EnvChange]:
@@ -215,8 +246,13 @@ def apply(changes: Sequence[EnvChange], environ: MutableMapping[str, str]) -> No
     would run the kernels that it finds there.
     """
     for change in changes:
-        if change.changes and (not change.is_folder or _is_ours(Path(change.value))):
+        if change.changes and may_set(change):
             environ[change.name] = change.value
+
+
+def may_set(change: EnvChange) -> bool:
+    """Whether a change is safe to make: a folder is made now, and must be this user's alone."""
+    return not change.is_folder or _is_ours(Path(change.value))
 
 
 def _is_ours(folder: Path) -> bool:

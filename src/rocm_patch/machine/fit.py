@@ -52,6 +52,10 @@ def fit(gpu: Gpu, build: TorchBuild) -> Fit:
     known = catalog.arch(gpu.gfx)
     if carried is None and known is not None:
         carried = _official_wheel_carries(build, known)
+    if carried and not is_listed(gpu, build):
+        since = known.since_rocm if known else ""
+        why = f"the ROCm of torch {build.version} does not know {gpu.gfx}, {since} is the first that does"
+        return Fit(gpu, "none", "", why, "; ".join(known.sources[:2]) if known else "")
     if carried:
         return Fit(gpu, "native", "", f"torch {build.version} has native code for {gpu.gfx}", "read from its files")
     if known is None or carried is None:
@@ -71,6 +75,12 @@ def fit(gpu: Gpu, build: TorchBuild) -> Fit:
     return Fit(gpu, "override", known.override, why.strip(), source)
 
 
+def is_listed(gpu: Gpu, build: TorchBuild) -> bool:
+    """Whether the build's ROCm lists this chip as itself; an unknown one it leaves out, and HIP's numbers move up."""
+    known = catalog.arch(gpu.gfx)
+    return known is None or version_numbers(build.hip)[:2] >= version_numbers(known.since_rocm)
+
+
 def override_target(value: str) -> str:
     """The chip that an override pretends: `10.3.0` is gfx1030; empty for a value that libhsakmt would refuse."""
     variable = catalog.variable(OVERRIDE)
@@ -86,29 +96,43 @@ def override_target(value: str) -> str:
     return gfx_name(major * 10000 + minor * 100 + stepping)
 
 
-def native_torch_command(gfx: str) -> str:
-    """The command that gets a torch with native code for a chip.
+_UNINSTALL = "python -m pip uninstall -y torch torchvision torchaudio && "
 
-    The newest of pytorch.org's wheels that carry it, else AMD's own, else, in a checkout of PyTorch, a build. We have
-    installed none of these on an AMD machine.
+
+def native_torch_command(gfx: str) -> str:
+    """The command that gets a torch that runs on a chip.
+
+    The newest of pytorch.org's wheels that carry it, else AMD's own, else the newest wheel that it runs under an
+    override, else a build. What is installed goes first: pip takes a build of the same version for good enough. We
+    have run none of these on an AMD machine.
     """
-    newest = catalog.releases()[-1]
-    official = next((row for row in reversed(catalog.releases()) if gfx in row.archs), None)
-    if official is not None:
-        torch = "torch" if official is newest else f"'torch=={official.torch}.*'"
-        return f"python -m pip install {torch} torchvision --index-url {_OFFICIAL_INDEX}/rocm{official.rocm[-1]}"
+    known = catalog.arch(gfx)
+    if release := _newest_with(gfx):
+        return _official_command(release)
     if has_native_wheel(gfx):
-        return f'python -m pip install --index-url {_NATIVE_INDEX} "torch[device-{gfx}]" "torchvision[device-{gfx}]"'
-    return f"PYTORCH_ROCM_ARCH={gfx} python -m pip install --no-build-isolation ."
+        packages = f'"torch[device-{gfx}]" "torchvision[device-{gfx}]"'
+        return f"{_UNINSTALL}python -m pip install --index-url {_NATIVE_INDEX} {packages}"
+    stands_in = known.override if known and not known.override_max_torch else ""
+    if stands_in and (release := _newest_with(override_target(stands_in))):
+        return _official_command(release)
+    clone = "git clone --recursive https://github.com/pytorch/pytorch && cd pytorch"
+    return f"{clone} && PYTORCH_ROCM_ARCH={gfx} python -m pip install --no-build-isolation ."
+
+
+def _newest_with(gfx: str) -> catalog.Release | None:
+    return next((row for row in reversed(catalog.releases()) if gfx in row.archs), None)
+
+
+def _official_command(release: catalog.Release) -> str:
+    torch = "torch" if release is catalog.releases()[-1] else f"'torch=={release.torch}.*'"
+    index = f"{_OFFICIAL_INDEX}/rocm{release.rocm[-1]}"
+    return f"{_UNINSTALL}python -m pip install {torch} torchvision --index-url {index}"
 
 
 def torch_command(gpus: Sequence[Gpu]) -> str:
     """The command that installs a torch for a machine's first card."""
     cards = sorted(gpus, key=lambda gpu: gpu.integrated)
-    newest = catalog.releases()[-1]
-    if cards:
-        return native_torch_command(cards[0].gfx)
-    return f"python -m pip install torch torchvision --index-url {_OFFICIAL_INDEX}/rocm{newest.rocm[-1]}"
+    return native_torch_command(cards[0].gfx) if cards else _official_command(catalog.releases()[-1])
 
 
 def has_native_wheel(gfx: str) -> bool:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from rocm_patch.machine import sysfs
+
 # File systems whose locks and latency MIOpen's SQLite databases do not survive; MIOpen keeps a list of its own
 # (MIOpen src/db_path.cpp.in), these are the Linux names in /proc/mounts.
 NETWORK_FILE_SYSTEMS = frozenset(
@@ -41,8 +43,9 @@ class Folder:
 
 
 def home_of(environ: Mapping[str, str]) -> str:
-    """The user's home folder; `/` for a user that has none."""
-    return environ.get("HOME") or str(Path("~").expanduser())
+    """The user's home folder; `/` for a user who has none."""
+    home = environ.get("HOME") or os.path.expanduser("~")  # noqa: PTH111  (Path's raises where there is none)
+    return home if home.startswith("/") else "/"
 
 
 def cache_folder(environ: Mapping[str, str]) -> Path:
@@ -59,9 +62,12 @@ def cache_folder(environ: Mapping[str, str]) -> Path:
 
 def read_folder(path: str | Path, root: str = "/") -> Folder:
     """What is known of a folder below `root`, a folder that stands for `/`. Never raises for what it finds."""
-    file_system, mount_point = _mount_of(str(path), root)
     existing = Path(root) / str(path).lstrip("/")
-    while not existing.exists() and existing != existing.parent:
+    # A home that is a link onto a network file system lies there.
+    real, real_root = os.path.realpath(existing), os.path.realpath(root)
+    inside = real.removeprefix(real_root) if real_root != "/" else real
+    file_system, mount_point = _mount_of(inside or "/", root)
+    while not sysfs.exists(existing) and existing != existing.parent:
         existing = existing.parent
     try:
         status = os.statvfs(existing)
@@ -69,7 +75,7 @@ def read_folder(path: str | Path, root: str = "/") -> Folder:
     except OSError:
         free = -1
     # W_OK alone is not enough to make files in a folder.
-    is_writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+    is_writable = os.path.isdir(existing) and os.access(existing, os.W_OK | os.X_OK)  # noqa: PTH112  (never raises)
     return Folder(str(path), file_system, mount_point, is_writable, free)
 
 

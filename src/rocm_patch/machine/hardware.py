@@ -38,6 +38,8 @@ class Gpu:
         pci_address: `0000:03:00.0`, empty if unknown.
         pcie_atomics: whether its link to the CPU can do atomic operations, None if unknown.
         render_minor: number of `/dev/dri/renderD<n>`; 0 when unknown.
+        thunk_node: its node number as ROCm counts, which leaves out GPUs whose render node is not here, as in a
+            container; None for such a GPU itself.
     """
 
     node: int
@@ -50,6 +52,7 @@ class Gpu:
     pci_address: str
     pcie_atomics: bool | None
     render_minor: int
+    thunk_node: int | None
 
     @property
     def generation(self) -> str:
@@ -82,7 +85,7 @@ class Machine:
     """The part of a computer that decides what a ROCm program can do.
 
     Attributes:
-        gpus: the AMD GPUs, in the order of their nodes, which is HIP's order.
+        gpus: the AMD GPUs, in the order of their nodes, which is taken to be HIP's order.
         unlisted: AMD devices on the PCI bus that the compute driver does not list.
         has_nvidia: whether an NVIDIA GPU is on the bus: then a CUDA build of torch is no mistake.
         unread: topology nodes that say nothing readable; a GPU hidden from a container looks like that.
@@ -129,19 +132,25 @@ def read_machine(root: str = "/", home: str | None = None) -> Machine:
     """
     base = Path(root)
     devices = _pci_devices(base, _AMD)
-    gpus, unread = [], []
+    gpus, unread, counted = [], [], 0
     nodes = base / "sys/class/kfd/kfd/topology/nodes"
     for number in sorted(int(name) for name in sysfs.listed(nodes) if sysfs.is_number(name)):
         numbers = sysfs.numbers(nodes / str(number) / "properties")
         if not numbers:
             unread.append(number)
-        elif (gpu := _gpu(base, nodes / str(number), numbers, devices)) is not None:
+            continue
+        # libhsakmt passes over GPUs whose render node it cannot find, and numbers the nodes that are left
+        # (topology.c, topology_sysfs_check_node_supported).
+        minor = numbers.get("drm_render_minor", 0)
+        is_here = not minor or sysfs.exists(base / f"dev/dri/renderD{minor}")
+        if (gpu := _gpu(base, nodes / str(number), numbers, devices, counted if is_here else None)) is not None:
             gpus.append(gpu)
-    addresses = {gpu.pci_address for gpu in gpus}
+        counted += is_here
+    addresses = {gpu.pci_address[:-1] for gpu in gpus}
     minors = {gpu.render_minor for gpu in gpus} - {0}
     return Machine(
         gpus=tuple(gpus),
-        unlisted=tuple(d for d in devices if d.address not in addresses and d.render_minor not in minors),
+        unlisted=tuple(d for d in devices if d.address[:-1] not in addresses and d.render_minor not in minors),
         has_nvidia=bool(_pci_devices(base, _NVIDIA)),
         unread=tuple(unread),
         kfd=sysfs.exists(base / "dev/kfd"),
@@ -154,7 +163,9 @@ def read_machine(root: str = "/", home: str | None = None) -> Machine:
     )
 
 
-def _gpu(base: Path, folder: Path, numbers: dict[str, int], devices: list[PciDevice]) -> Gpu | None:
+def _gpu(
+    base: Path, folder: Path, numbers: dict[str, int], devices: list[PciDevice], thunk_node: int | None
+) -> Gpu | None:
     """The GPU of one topology node, None for a CPU and for another maker's."""
     device_id = numbers.get("device_id", 0)
     gfx = _gfx(numbers, device_id)
@@ -162,20 +173,28 @@ def _gpu(base: Path, folder: Path, numbers: dict[str, int], devices: list[PciDev
         return None
     render_minor = numbers.get("drm_render_minor", 0)
     address = _pci_address(numbers)
-    device = next((d for d in devices if d.address == address or d.render_minor == render_minor > 0), None)
+    # Partitions of one device differ in the function number alone.
+    device = next((d for d in devices if address and d.address[:-1] == address[:-1]), None) or next(
+        (d for d in devices if d.render_minor == render_minor > 0), None
+    )
     known = catalog.arch(gfx)
+    # An MI300A shares its gfx name with a card; its node has the CPU's cores.
+    integrated = (known is not None and known.integrated) or numbers.get("cpu_cores_count", 0) > 0
+    # The heap of an integrated GPU is all that it may borrow; the device of a partition has the whole card's memory.
+    set_aside = device.vram_bytes if device else 0
+    heaps = _heap_bytes(folder, numbers)
     return Gpu(
         node=int(folder.name),
         gfx=gfx,
         name=_pci_name(base, device_id) or (", ".join(known.products) if known else "unknown AMD GPU"),
         device_id=device_id,
         compute_units=numbers.get("simd_count", 0) // (numbers.get("simd_per_cu", 0) or 2),
-        vram_bytes=device.vram_bytes if device and device.vram_bytes else _heap_bytes(folder, numbers),
-        # An MI300A shares its gfx name with a card; its node has the CPU's cores.
-        integrated=(known is not None and known.integrated) or numbers.get("cpu_cores_count", 0) > 0,
+        vram_bytes=(set_aside or heaps) if integrated else (heaps or set_aside),
+        integrated=integrated,
         pci_address=address or (device.address if device else ""),
         pcie_atomics=_atomics(folder),
         render_minor=render_minor,
+        thunk_node=thunk_node,
     )
 
 

@@ -100,7 +100,7 @@ class Here:
         """Read it from this process's environment and from the machine."""
         settings = from_environ()
         machine, build = hardware.read_machine(settings.sysfs_root), find_build()
-        return cls(settings, machine, build, backend.decide(machine, build, settings))
+        return cls(settings, machine, build, backend.decide(machine, build, settings, os.environ))
 
     def must_be_on(self) -> None:
         """Raise `NotRun` under `ROCM_PATCH=0`."""

@@ -69,7 +69,7 @@ def collect(
         "python": platform.python_version(),
         "machine": machine,
         "torch": torch,
-        "activation": backend.decide(machine, build, settings),
+        "activation": backend.decide(machine, build, settings, environ),
         "plan": {"variables": plan.changes, "notices": plan.notices},
         "environment": [_variable(name, value) for name, value in sorted(environ.items()) if _is_known(name)],
         "findings": doctor.document(doctor.examine(settings, environ))["findings"],

@@ -66,6 +66,8 @@ class Arch(Row):
         bypass_dtypes: under `guarded`, the types whose native convolutions are known to crash here.
         policy_note: why.
         device_ids: PCI device ids; old kernels name the chip by these alone.
+        since_rocm: first ROCm release whose runtime knows the chip, empty where every release concerned does; an
+            older one leaves the GPU out.
         min_kernel: first Linux release on which the chip is reported to work, empty where any does.
     """
 
@@ -91,6 +93,7 @@ class Arch(Row):
     generic: str = ""
     bypass_dtypes: tuple[str, ...] = ()
     device_ids: tuple[int, ...] = ()
+    since_rocm: str = ""
     min_kernel: str = ""
 
 

@@ -15,14 +15,15 @@ _SETUP = (
     "https://github.com/ROCm/TheRock/blob/89553ce3746eda74ade42557470d25e37c91b6f0/docs/environment_setup_guide.md"
 )
 _FLAGS = "https://github.com/ROCm/legacy-rocm-build/issues/1797"
-DOCKER = "docker run --device=/dev/kfd --device=/dev/dri --group-add video --group-add render --ipc=host IMAGE"
+# The image need not have the host's groups by name, so the number is given.
+_RENDER = "$(getent group render | cut -d: -f3)"
 _KERNEL_LOG_BYTES = 4 * 1024 * 1024
 
 
 def kernel_driver(context: Context) -> Iterable[Finding]:
     """Whether a driver has the cards, and the compute driver is there."""
     machine = context.machine
-    for device in machine.unlisted:
+    for device in machine.unlisted if context.has_card else ():
         name = f"PCI device 1002:{device.device_id:04x} at {device.address}"
         if device.driver == "amdgpu" and machine.kfd:
             yield warning(
@@ -47,9 +48,9 @@ def kernel_driver(context: Context) -> Iterable[Finding]:
         yield ok(f"kernel {machine.kernel or 'unknown'}, {driver}, /dev/kfd")
     elif machine.dxg:
         yield ok(f"WSL, kernel {machine.kernel or 'unknown'}, /dev/dxg")
-    elif any(device.driver == "amdgpu" for device in machine.unlisted):
+    elif context.has_card and any(device.driver == "amdgpu" for device in machine.unlisted):
         why = "the container was started without it" if machine.container else "the kernel was built without HSA_AMD"
-        fix = DOCKER if machine.container else "sudo modprobe amdgpu && ls -l /dev/kfd"
+        fix = container_command(context) if machine.container else "sudo modprobe amdgpu && ls -l /dev/kfd"
         yield failure("amdgpu has the card, but there is no /dev/kfd", why, fix, _FLAGS)
     for gpu in machine.gpus:
         known = catalog.arch(gpu.gfx)
@@ -91,7 +92,7 @@ def gpus(context: Context) -> Iterable[Finding]:
         yield failure(
             "/dev/kfd is here, but the driver lists no AMD GPU",
             "the card is not supported by the kernel driver, or hidden from this container",
-            DOCKER if machine.container else "sudo dmesg | grep -i kfd",
+            container_command(context) if machine.container else "sudo dmesg | grep -i kfd",
             _FLAGS,
         )
     elif not machine.unlisted:
@@ -101,13 +102,21 @@ def gpus(context: Context) -> Iterable[Finding]:
 def device_access(context: Context) -> Iterable[Finding]:
     """Whether this user may open /dev/kfd and the render nodes, and if not, which group is missing."""
     machine = context.machine
+    if not context.has_card:
+        return
+    reachable = [gpu for gpu in machine.gpus if gpu.thunk_node is not None]
+    for gpu in machine.gpus if reachable else ():
+        if gpu.thunk_node is None:
+            yield ok(f"{gpu.gfx} at PCI {gpu.pci_address} is hidden: its renderD{gpu.render_minor} is not here")
     wanted = [context.root / "dev/kfd"] if machine.kfd else []
-    wanted += [context.root / f"dev/dri/renderD{gpu.render_minor}" for gpu in machine.gpus if gpu.render_minor]
+    wanted += [
+        context.root / f"dev/dri/renderD{gpu.render_minor}" for gpu in reachable or machine.gpus if gpu.render_minor
+    ]
     for device in wanted:
         if os.access(device, os.R_OK | os.W_OK):
             continue
         if not device.exists():
-            fix = DOCKER if machine.container else "sudo modprobe amdgpu"
+            fix = container_command(context) if machine.container else "sudo modprobe amdgpu"
             yield failure(f"{device} is not here", "ROCm needs /dev/kfd and the card's render node", fix, _FLAGS)
         else:
             yield _denied(context, device)
@@ -116,32 +125,33 @@ def device_access(context: Context) -> Iterable[Finding]:
 
 
 def _denied(context: Context, device: Path) -> Finding:
-    gid = device.stat().st_gid
+    status = device.stat()
+    gid = status.st_gid
     group, members = context.groups.get(gid, (str(gid), []))
-    summary = f"{device} (group {group}) cannot be opened by {context.user}"
-    if gid in os.getgroups():
-        return failure(summary, "its mode does not let the group write", f"sudo chmod g+rw {device}", _SETUP)
-    if context.user in members:
-        return failure(
-            summary,
-            f"{context.user} was put into {group} after logging in; this session does not know it yet",
-            f"newgrp {group}",
-            _SETUP,
-        )
+    summary = f"{device} (group {group}, mode {status.st_mode & 0o777:o}) cannot be opened by {context.user}"
+    if gid == 0 or status.st_mode & 0o060 != 0o060:
+        rule = f'KERNEL=="{"kfd" if device.name == "kfd" else "renderD*"}", GROUP="render", MODE="0660"'
+        file = "/etc/udev/rules.d/70-rocm.rules"
+        why = "no group but root's has the device; a rule gives it to render"
+        fix = f"echo '{rule}' | sudo tee -a {file} && sudo udevadm control --reload && sudo udevadm trigger"
+        return failure(summary, why, fix, _SETUP)
+    if context.user in members and gid not in os.getgroups():
+        why = f"{context.user} was put into {group} after logging in; this session does not know it yet"
+        return failure(summary, why, f"newgrp {group}", _SETUP)
     if context.machine.container:
-        return failure(
-            summary,
-            "the container does not have the group of the host's device",
-            DOCKER.replace("--group-add render", f"--group-add {gid}"),
-            _FLAGS,
-        )
-    names = "render,video" if group in ("render", "video") else group
-    return failure(
-        summary,
-        "ROCm programs see no GPU without it; log in again afterwards",
-        f"sudo usermod -aG {names} {context.user}",
-        _SETUP,
-    )
+        why = "the container does not have the group of the host's device"
+        return failure(summary, why, container_command(context, str(gid)), _FLAGS)
+    known = [name for name, _ in context.groups.values()]
+    names = ",".join(name for name in dict.fromkeys(("render", "video", group)) if name in known)
+    why = "ROCm programs see no GPU without it; log in again afterwards"
+    return failure(summary, why, f"sudo usermod -aG {names or group} {context.user}", _SETUP)
+
+
+def container_command(context: Context, group: str = _RENDER) -> str:
+    """How a container is started so that it has the GPU."""
+    if context.machine.container == "podman":
+        return "podman run --device=/dev/kfd --device=/dev/dri --group-add keep-groups --ipc=host IMAGE"
+    return f"docker run --device=/dev/kfd --device=/dev/dri --group-add video --group-add {group} --ipc=host IMAGE"
 
 
 def pcie_atomics(context: Context) -> Iterable[Finding]:
@@ -201,8 +211,9 @@ def _kernel_log(root: Path) -> str:
     """What /dev/kmsg has now; it has a record for each read and blocks at the end unless told not to."""
     handle = os.open(root / "dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
     parts: list[bytes] = []
+    left = _KERNEL_LOG_BYTES
     try:
-        while sum(map(len, parts)) < _KERNEL_LOG_BYTES:
+        while left > 0:
             try:
                 part = os.read(handle, 65536)
             except BlockingIOError:
@@ -212,6 +223,7 @@ def _kernel_log(root: Path) -> str:
             if not part:
                 break
             parts.append(part)
+            left -= len(part)
     finally:
         os.close(handle)
     return b"".join(parts).decode("utf-8", "replace")

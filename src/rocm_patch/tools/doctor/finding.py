@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from rocm_patch.machine import fit
+from rocm_patch.machine import environment, fit
 from rocm_patch.machine.build import Libraries, TorchBuild, find_libraries
 from rocm_patch.machine.fit import Fit
 from rocm_patch.machine.hardware import Machine
@@ -77,8 +77,15 @@ class Context:
 
     @property
     def has_card(self) -> bool:
-        """Whether an AMD GPU is in this machine, whether or not a driver has it."""
-        return bool(self.machine.gpus or self.machine.unlisted or self.machine.dxg)
+        """Whether an AMD GPU is here that programs should use, whether or not a driver has it.
+
+        An integrated one beside an NVIDIA card is not: it drives the display. Which kind a device is that the
+        compute driver does not list cannot be told.
+        """
+        machine = self.machine
+        has_discrete = any(not gpu.integrated for gpu in machine.gpus)
+        has_any = bool(machine.gpus or machine.unlisted or machine.dxg)
+        return has_discrete or (has_any and not machine.has_nvidia)
 
     @cached_property
     def fits(self) -> list[Fit]:
@@ -86,6 +93,15 @@ class Context:
         if self.build is None or self.build.kind != "hip":
             return []
         return [fit.fit(gpu, self.build) for gpu in visible_gpus(self.machine.gpus, self.environ)]
+
+    @cached_property
+    def used(self) -> list[Fit]:
+        """Those of them that programs see under rocm-patch run; all where the plan hides none."""
+        plan = environment.plan(self.machine, self.build, self.settings, self.environ)
+        environ = dict(self.environ)
+        environ |= {change.name: change.value for change in plan.changes if change.changes}
+        shown = visible_gpus(self.machine.gpus, environ)
+        return [entry for entry in self.fits if entry.gpu in shown] or self.fits
 
     @cached_property
     def libraries(self) -> Libraries:

@@ -28,7 +28,7 @@ def environment(context: Context) -> Iterable[Finding]:
 
 def convolutions(context: Context) -> Iterable[Finding]:
     """Who would serve convolutions."""
-    activation = backend.decide(context.machine, context.build, context.settings)
+    activation = backend.decide(context.machine, context.build, context.settings, context.environ)
     served = activation.strategy or activation.policy
     where = f"{served} on {activation.backend}" if activation.backend else "native"
     yield ok(f"{where}: {activation.why}")

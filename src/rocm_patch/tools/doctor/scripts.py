@@ -49,7 +49,8 @@ def late_settings(text: str, name: str) -> list[Finding]:
 
 
 def _torch_imports(tree: ast.AST) -> Iterator[int]:
-    for node in ast.walk(tree):
+    # What is imported inside a function comes whenever that is called, which cannot be told from here.
+    for node in _outside_functions(tree):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -60,9 +61,11 @@ def _torch_imports(tree: ast.AST) -> Iterator[int]:
 
 
 def _assignments(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Line and name of `os.environ["NAME"] = …`, `os.environ.setdefault("NAME", …)` and `os.putenv("NAME", …)`."""
-    for node in ast.walk(tree):
+    """Line and name of what is put into `os.environ`: by item, setdefault, update, `|=`, or `os.putenv`."""
+    for node in _outside_functions(tree):
         targets = node.targets if isinstance(node, ast.Assign) else []
+        if isinstance(node, ast.AugAssign) and _is_environ(node.target):
+            yield from _keys(node.value)
         for target in targets:
             if isinstance(target, ast.Subscript) and _is_environ(target.value):
                 yield from _constant(target.slice)
@@ -70,6 +73,21 @@ def _assignments(tree: ast.AST) -> Iterator[tuple[int, str]]:
             by_environ = node.func.attr == "setdefault" and _is_environ(node.func.value)
             if by_environ or node.func.attr == "putenv":
                 yield from _constant(node.args[0])
+            if node.func.attr == "update" and _is_environ(node.func.value):
+                yield from _keys(node.args[0])
+
+
+def _outside_functions(tree: ast.AST) -> Iterator[ast.AST]:
+    for node in ast.iter_child_nodes(tree):
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            yield node
+            yield from _outside_functions(node)
+
+
+def _keys(node: ast.expr) -> Iterator[tuple[int, str]]:
+    for key in node.keys if isinstance(node, ast.Dict) else []:
+        if key is not None:
+            yield from _constant(key)
 
 
 def _is_environ(node: ast.AST) -> bool:

@@ -55,7 +55,7 @@ def torch_build(context: Context) -> Iterable[Finding]:
 
 def device_code(context: Context) -> Iterable[Finding]:
     """Whether the build has code for each card, by itself or under an override; native wheels outrank overrides."""
-    for entry in context.fits:
+    for entry in context.used:
         gpu = entry.gpu
         if entry.kind == "native":
             yield ok(f"{gpu.gfx}: {entry.why}", source=entry.source)
@@ -70,8 +70,7 @@ def device_code(context: Context) -> Iterable[Finding]:
                 )
             else:
                 yield ok(summary, entry.why, source=entry.source)
-        elif not gpu.integrated or len(context.fits) == 1:
-            assert context.build is not None
+        elif context.build is not None and (not gpu.integrated or len(context.used) == 1):
             yield failure(
                 f"torch {context.build.version} has no code that {gpu.gfx} can run",
                 entry.why,
@@ -140,7 +139,7 @@ def _numpy_beside(build: TorchBuild) -> str:
 def libraries(context: Context) -> Iterable[Finding]:
     """Whether rocBLAS and MIOpen have files for the chip that the card reports."""
     found = context.libraries
-    for entry in context.fits:
+    for entry in context.used:
         reported = fit.override_target(entry.value) if entry.value else entry.gpu.gfx
         if not entry.is_usable:
             continue
@@ -180,14 +179,14 @@ def seen_by_hip(context: Context) -> Iterable[Finding]:
         yield failure(
             f"{library} gives no answer: {error}",
             "a program that uses the GPU would end the same way",
-            "AMD_LOG_LEVEL=4 rocminfo",
+            f"AMD_LOG_LEVEL=4 {context.python} -c 'import torch; torch.cuda.init()'",
         )
     elif answer["count"] < expected or not answer["count"]:
         said = f" ({answer['error']})" if answer["code"] else ""
         yield failure(
             f"HIP sees {answer['count']} GPUs{said}, the kernel {expected}",
             "permissions, a container without the device, a ROCm that is too old for the chip, or a variable",
-            "AMD_LOG_LEVEL=4 rocminfo",
+            f"AMD_LOG_LEVEL=4 {context.python} -c 'import torch; torch.cuda.init()'",
             "https://github.com/ROCm/legacy-rocm-build/issues/2901",
         )
     else:

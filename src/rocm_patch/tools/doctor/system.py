@@ -13,6 +13,7 @@ from rocm_patch.tools.doctor.finding import Context, Finding, ok, warning
 
 _FLAGS = "https://github.com/ROCm/legacy-rocm-build/issues/1797"
 _WORKER_SHM = 1 << 30  # what a loader's batches in flight can need; Docker gives 64 MiB
+_THROWN_AWAY = ("docker", "podman", "kubernetes", "kubepods", "libpod", "containerd")
 _FREE = 1 << 30
 _OPEN_FILES = 1024
 
@@ -34,14 +35,23 @@ def container(context: Context) -> Iterable[Finding]:
         return
     cache = cache_folder(context.environ)
     folder = read_folder(cache, context.settings.sysfs_root)
+    # Machine containers such as lxc keep their files; those of an image go with it.
+    if kind not in _THROWN_AWAY:
+        return
     if folder.mount_point in ("", "/") or folder.file_system in ("overlay", "tmpfs"):
         yield warning(
             f"{cache} goes with the container",
             "what is learned of failing convolutions, and MIOpen's compiled kernels, are lost with it; "
             "keep the folder on a volume",
-            f"docker run -v rocm-patch-cache:{cache.parent} IMAGE",
+            f"docker run -v rocm-patch-cache:{_volume(context)} IMAGE",
             _FLAGS,
         )
+
+
+def _volume(context: Context) -> str:
+    """The folder to keep: the user's own choice, else the cache folder that MIOpen shares."""
+    cache = cache_folder(context.environ)
+    return str(cache if context.environ.get("ROCM_PATCH_CACHE_DIR") else cache.parent)
 
 
 def shared_memory(context: Context) -> Iterable[Finding]:
@@ -85,8 +95,10 @@ def limits(context: Context) -> Iterable[Finding]:
     if locked is not None and locked < 8 << 20 and len(context.machine.gpus) > 1:
         yield warning(
             f"this session may lock {locked >> 10} KiB of memory",
-            "communication between GPUs pins buffers and fails without more",
-            "docker run --ulimit memlock=-1 IMAGE" if context.machine.container else "ulimit -l unlimited",
+            "communication between GPUs pins buffers and fails without more; log in again afterwards",
+            "docker run --ulimit memlock=-1 IMAGE"
+            if context.machine.container
+            else "echo '* - memlock unlimited' | sudo tee /etc/security/limits.d/90-rocm.conf",
             "https://rocm.docs.amd.com/projects/rccl/en/latest/",
         )
     if files is not None and files < _OPEN_FILES:
@@ -117,13 +129,13 @@ def folders(context: Context) -> Iterable[Finding]:
         yield warning(
             f"{folder.path} cannot be written",
             "nothing that is learned of this machine is kept from one program to the next",
-            "export ROCM_PATCH_CACHE_DIR=/var/tmp/rocm-patch-cache",
+            "export ROCM_PATCH_CACHE_DIR=/var/tmp/rocm-patch-$(id -u)/cache",
         )
     elif folder.is_network:
         yield warning(
             f"{folder.path} lies on {folder.file_system}",
             "databases on a network file system lose their locks; a local folder is better",
-            "export ROCM_PATCH_CACHE_DIR=/var/tmp/rocm-patch-cache",
+            "export ROCM_PATCH_CACHE_DIR=/var/tmp/rocm-patch-$(id -u)/cache",
             "https://www.sqlite.org/howtocorrupt.html",
         )
     elif 0 <= folder.free_bytes < _FREE:
