@@ -12,9 +12,12 @@ and has three directions, each computing one of the three from the other two. A 
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 FORWARD = "forward"
 GRAD_INPUT = "grad_input"
@@ -94,6 +97,34 @@ class ConvSpec:
         if self.direction == GRAD_INPUT:
             return self.weight[0] // self.groups * self.taps
         return self.batch * math.prod(self.out)
+
+    def to_json(self) -> str:
+        """The spec as one line of JSON, the same for equal specs; without the device's number.
+
+        Which device it was is the affair of whoever keeps the text.
+        """
+        fields = dataclasses.asdict(self)
+        fields["device"] = self.device.partition(":")[0]
+        return json.dumps(fields, separators=(",", ":"))
+
+    @staticmethod
+    def from_json(text: str, device: str | None = None) -> ConvSpec:
+        """The spec that `to_json` wrote, on a device of that kind.
+
+        Args:
+            text: one line of JSON.
+            device: `cuda:1` for example; without it the device's kind.
+
+        Raises:
+            ValueError: the text is no such line.
+        """
+        try:
+            fields = json.loads(text)
+            shaped: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+            spec = ConvSpec(**shaped)
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"not a convolution: {text!r}") from error
+        return spec if device is None else dataclasses.replace(spec, device=device)
 
     def __str__(self) -> str:
         """One line for logs and reports."""
