@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ PATCHED_VARIABLES = (
     "MIOPEN_DEBUG_CONV_IMPLICIT_GEMM", "HSA_OVERRIDE_GFX_VERSION", "HSA_USE_SVM", "HSA_XNACK",
 )  # fmt: skip
 _outcomes: dict[str, str] = {}
+_SESSION_CACHE = tempfile.TemporaryDirectory(prefix="rocm-patch-tests-")
 
 
 def clean_environ(**extra):
@@ -23,6 +25,8 @@ def clean_environ(**extra):
     }
     kept["VIRTUAL_ENV"] = sys.prefix
     kept["OMP_NUM_THREADS"] = "1"
+    # Never the user's own record of what fails on this machine.
+    kept["ROCM_PATCH_CACHE_DIR"] = os.environ.get("ROCM_PATCH_CACHE_DIR", _SESSION_CACHE.name)
     return {**kept, **extra}
 
 
@@ -43,10 +47,11 @@ def rocm_patch(*arguments, **options):
 
 
 @pytest.fixture(autouse=True)
-def _nothing_stays_patched(monkeypatch):
+def _nothing_stays_patched(monkeypatch, tmp_path_factory):
     for name in list(os.environ):
         if "ROCM_PATCH" in name or name in PATCHED_VARIABLES:
             monkeypatch.delenv(name)
+    monkeypatch.setenv("ROCM_PATCH_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
     yield
     if "rocm_patch.api" in sys.modules:
         sys.modules["rocm_patch.api"].disable_all_patches()

@@ -13,7 +13,7 @@ from rocm_patch.launch import activate
 SERVED = (
     "import torch, sys; torch.conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 2, 2))\n"
     "api = sys.modules.get('rocm_patch.overrides.aten')\n"
-    "print([r.strategy.name for d in (api.ACTIVE.values() if api else ()) for r in d.routes()])\n"
+    "print([r.strategy.name for d in (api.ACTIVE.values() if api else ()) for r in d.routes.taken()])\n"
 )
 
 

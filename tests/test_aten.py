@@ -23,7 +23,7 @@ def _on():
 
 
 def calls(direction="forward"):
-    return sum(route.calls for route in ACTIVE["CPU"].routes() if route.spec.direction == direction)
+    return sum(route.calls for route in ACTIVE["CPU"].routes.taken() if route.spec.direction == direction)
 
 
 def model():
@@ -174,14 +174,14 @@ def test_the_second_call_does_nothing_and_other_arguments_warn(caplog):
         assert ACTIVE["CPU"] is first and not caplog.records
         assert rocm_patch.enable_miopen_bypass("im2col", backend="cpu")
     assert len(caplog.records) == 1
-    assert ACTIVE["CPU"].chooser.preferred == "im2col"
+    assert ACTIVE["CPU"].routes.chooser.preferred == "im2col"
 
 
 def test_reverting_gives_aten_back():
     dispatcher = ACTIVE["CPU"]
     rocm_patch.disable_all_patches()
     F.conv2d(torch.randn(1, 1, 3, 3), torch.randn(1, 1, 3, 3, requires_grad=True)).sum().backward()
-    assert dispatcher.routes() == [] and ACTIVE == {}
+    assert dispatcher.routes.taken() == [] and ACTIVE == {}
 
 
 def test_another_packages_override_is_reported_or_replaced_never_half_way():

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 import rocm_patch
 from rocm_patch.conv.cases import CASES
 from rocm_patch.dispatch import Dispatcher
+from rocm_patch.overrides import guarding
 from rocm_patch.overrides.aten import ACTIVE
-from rocm_patch.trust import fault
+from rocm_patch.routes import Routes
+from rocm_patch.settings import Settings
 from rocm_patch.trust.choose import Chooser
 from rocm_patch.trust.native_errors import blame
 
@@ -183,7 +185,7 @@ def test_autocast_casts_as_without_us(override):
 
 
 def test_large_layers_are_cut_into_chunks(monkeypatch):
-    monkeypatch.setattr("rocm_patch.dispatch.workspace_budget", lambda device: 10_000)
+    monkeypatch.setattr("rocm_patch.routes.workspace_budget", lambda device: 10_000)
     native, ours = run_both(
         lambda x, w, b: F.conv2d(x, w, b, padding=1), *map(torch.randn, [(4, 8, 16, 16), (8, 8, 3, 3), (8,)])
     )
@@ -191,20 +193,21 @@ def test_large_layers_are_cut_into_chunks(monkeypatch):
 
 
 def test_the_route_table_is_bounded(monkeypatch):
-    monkeypatch.setattr("rocm_patch.dispatch._MOST_ENTRIES", 8)
-    dispatcher = Dispatcher(Chooser())
+    monkeypatch.setattr("rocm_patch.routes.MOST_ENTRIES", 8)
+    chooser = Chooser()
+    dispatcher = Dispatcher(Routes(chooser, guarding.guard_for(chooser, Settings())))
     w = torch.randn(1, 1, 1, 1)
     for size in range(1, 40):
         out = dispatcher.convolution(torch.ones(1, 1, size, 1), w, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
         assert torch.allclose(out, w.expand(1, 1, size, 1))
-    assert len(dispatcher._forward) <= 8 and len(dispatcher._routes) <= 8
+    assert len(dispatcher._forward) <= 8 and len(dispatcher.routes._routes) <= 8
 
 
 @pytest.mark.parametrize("direction", ["forward", "grad_input", "grad_weight"])
-def test_a_library_error_falls_through_with_one_warning(direction, caplog):
+def test_a_library_error_falls_through_with_one_warning(direction, monkeypatch, caplog):
     native = F.conv2d(torch.ones(1, 2, 5, 5), torch.ones(3, 2, 3, 3))
+    monkeypatch.setenv("ROCM_PATCH_FAULT", f"error:{direction}")
     rocm_patch.enable_miopen_bypass(backend="cpu", strategy="guarded")
-    ACTIVE["CPU"]._before_native = fault.parse(f"error:{direction}")
     with caplog.at_level(logging.WARNING, "rocm_patch"):
         for _ in range(3):
             x = torch.ones(1, 2, 5, 5, requires_grad=True)
@@ -216,7 +219,7 @@ def test_a_library_error_falls_through_with_one_warning(direction, caplog):
     warned = [record for record in caplog.records if direction in record.getMessage()]
     assert len(warned) == 1
     assert "miopenStatusUnknownError" in warned[0].getMessage() and "hint:" in warned[0].getMessage()
-    served = {route.spec.direction: route.strategy.name for route in ACTIVE["CPU"].routes()}
+    served = {route.spec.direction: route.strategy.name for route in ACTIVE["CPU"].routes.taken()}
     assert served[direction] == "im2col"
     assert served["forward"] == ("im2col" if direction == "forward" else "native")
 
@@ -262,7 +265,7 @@ def test_an_unknown_fault_is_refused(monkeypatch):
         ("HIP error: the operation cannot be performed in the present state", "device"),
         ("HIP error: invalid device function\nmiopenStatusUnknownError", "device"),
         ("CUDA error: an illegal memory access was encountered", "device"),
-        ("HIP out of memory. Tried to allocate 2.00 GiB", "caller"),
+        ("HIP out of memory. Tried to allocate 2.00 GiB", "memory"),
         ("Given groups=1, weight of size [4, 3, 3, 3], expected input[1, 2, 8, 8] to have 3 channels", "caller"),
     ],
 )
@@ -275,4 +278,4 @@ def test_selective_trusts_native_up_to_a_size():
     w = torch.randn(3, 2, 3, 3)
     F.conv2d(torch.randn(1, 2, 8, 8), w)
     F.conv2d(torch.randn(1, 2, 9, 8), w)
-    assert [route.strategy.name for route in ACTIVE["CPU"].routes()] == ["native", "im2col"]
+    assert [route.strategy.name for route in ACTIVE["CPU"].routes.taken()] == ["native", "im2col"]

@@ -65,6 +65,8 @@ class Stage:
         environ = clean_environ(
             ROCM_PATCH_SYSFS_ROOT=str(self.root), PYTHONPATH=str(self.site), HOME="/home/ann", **self.environ
         )
+        if "ROCM_PATCH_CACHE_DIR" not in self.environ:
+            del environ["ROCM_PATCH_CACHE_DIR"]
         environ["PATH"] = f"{Path(sys.executable).parent}:{environ['PATH']}"
         environ.pop("XDG_CACHE_HOME", None)
         script = f"{before}\n{sys.executable} -m rocm_patch doctor --json {' '.join(options)}"

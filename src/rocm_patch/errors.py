@@ -27,3 +27,7 @@ class NotAModuleError(RocmPatchError, TypeError):
 
 class TorchMissingError(RocmPatchError, ImportError):
     """torch cannot be imported by this interpreter (also an `ImportError`)."""
+
+
+class NothingWorksError(RocmPatchError, RuntimeError):
+    """Every way to compute a convolution is known to fail on this machine (also a `RuntimeError`)."""

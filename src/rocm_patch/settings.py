@@ -39,6 +39,8 @@ class Settings:
             of `docs/PATCHES_V1.1_SUMMARY.md` on any card) or `none`.
         sysfs_root: a folder that stands for `/` when hardware is read.
         fault: `kind:direction[:after=N]`, a failure put into native convolutions; for tests and demonstrations.
+        hang_limit: seconds without progress after which a convolution counts as hung.
+        busy_limit: seconds in all after which it does, though it takes processor time or compiles.
         log: level of the `rocm_patch` logger on stderr.
     """
 
@@ -49,6 +51,8 @@ class Settings:
     profile: str = "auto"
     sysfs_root: str = "/"
     fault: str | None = None
+    hang_limit: float = 60.0
+    busy_limit: float = 1200.0
     log: str | None = None
 
     def __post_init__(self) -> None:
@@ -57,6 +61,13 @@ class Settings:
         check("start_method", self.start_method, START_METHODS)
         check("profile", self.profile, PROFILES)
         check("log", self.log, LOG_LEVELS)
+        for field in ("hang_limit", "busy_limit"):
+            value = getattr(self, field)
+            if not 0 < value < float("inf"):
+                raise UsageError(
+                    f"{field.replace('_', ' ')} {value:g} is not a time to wait for",
+                    f"give seconds, {variable(field)}=60",
+                )
 
     def replaced(self, **asked: Any) -> Settings:
         """These settings with every argument that is not None put in; raises `UsageError` on an unknown value."""
@@ -87,9 +98,20 @@ def from_environ(environ: Mapping[str, str] | None = None) -> Settings:
     asked: dict[str, Any] = {"enabled": given.get("ROCM_PATCH", "1").lower() not in ("0", "off", "false", "no")}
     for field in dataclasses.fields(Settings):
         value = given.get(variable(field.name))
-        if field.name != "enabled" and value:
+        if field.name in ("hang_limit", "busy_limit") and value:
+            asked[field.name] = _seconds(field.name, value)
+        elif field.name != "enabled" and value:
             asked[field.name] = value if field.name in ("sysfs_root", "fault") else value.lower()
     return Settings(**asked)
+
+
+def _seconds(field: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise UsageError(
+            f"{variable(field)}={value!r} is not a number", f"{variable(field)}=60, in seconds"
+        ) from None
 
 
 class _StderrHandler(logging.Handler):

@@ -14,6 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from rocm_patch._version import __version__
+from rocm_patch.cli import cache, proving
 from rocm_patch.cli.arguments import split_run
 from rocm_patch.errors import RocmPatchError
 from rocm_patch.launch.run import BrokenScriptError, Target
@@ -70,6 +71,12 @@ def run(
     unset: Annotated[
         list[str], typer.Option(metavar="NAME", help="Take a variable out of the environment first; repeatable.")
     ] = [],  # noqa: B006  (typer's way to say none)
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Start it again on the bypass if a convolution hangs or crashes.")
+    ] = False,
+    hang_limit: Annotated[
+        str, typer.Option(metavar="SECONDS", help="Without progress for so long a convolution counts as hung.")
+    ] = "",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No line about what is on.")] = False,
 ) -> None:
     """Run a program patched, with nothing to edit in it; it exits with its own code."""
@@ -78,7 +85,10 @@ def run(
     target: Target | None = context.obj
     if target is None:
         _fail("nothing to run", "rocm-patch run SCRIPT [ARGS], run -m MODULE, or run -- COMMAND [ARGS]")
-    settings = from_environ().replaced(
+    if restart and target.words[0] == "-":
+        _fail("a script that comes by stdin cannot be started again", "put it into a file")
+    limit = {"ROCM_PATCH_HANG_LIMIT": hang_limit} if hang_limit else {}
+    settings = from_environ({**os.environ, **limit}).replaced(
         backend=backend or None,
         conv=conv or None,
         start_method=start_method or None,
@@ -90,6 +100,10 @@ def run(
         _say(notice)
     if not quiet:
         _say(launch.summary)
+    if restart:
+        from rocm_patch.launch.restart import supervise
+
+        raise typer.Exit(supervise(launch, _say))
     launcher.execute(launch)
 
 
@@ -228,6 +242,11 @@ def report(
         return
     tool.write(Path(output or "report.html"), text)
     _say(f"wrote {output or 'report.html'}; look through it before you send it to anybody")
+
+
+app.command(context_settings={"allow_extra_args": True})(proving.probe)
+app.command()(proving.demo)
+app.add_typer(cache.app, name="cache")
 
 
 def _show_box(to_stderr: bool) -> Any:

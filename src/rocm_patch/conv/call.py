@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from rocm_patch.conv.native import cudnn_enabled
 from rocm_patch.conv.spec import (
     FORWARD,
     GRAD_INPUT,
@@ -141,7 +142,7 @@ def _channels_last(input: torch.Tensor, weight: torch.Tensor, geometry: Geometry
         asked = os.environ.get("PYTORCH_MIOPEN_SUGGEST_NHWC") == "1"
         if torch.version.hip and not asked:
             return False
-        if not torch._C._get_cudnn_enabled():
+        if not cudnn_enabled():
             return False
     return any(tensor.is_contiguous(memory_format=last) and not tensor.is_contiguous() for tensor in (input, weight))
 

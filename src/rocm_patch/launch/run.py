@@ -211,6 +211,9 @@ def _hand_over(settings: Settings, child: dict[str, str], *, has_rocm_patch: boo
         value = getattr(settings, field)
         if value != default:
             child[variable(field)] = value
+    for limit in ("hang_limit", "busy_limit"):
+        if getattr(settings, limit) != getattr(Settings(), limit):
+            child[variable(limit)] = f"{getattr(settings, limit):g}"
     for field in ("conv", "start_method", "fault", "log"):
         value = getattr(settings, field)
         if value is not None:

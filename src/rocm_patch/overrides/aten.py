@@ -7,6 +7,7 @@ autocast stay aten's, so nothing above needs to know.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,9 @@ import torch
 
 from rocm_patch.dispatch import Dispatcher
 from rocm_patch.machine.backend import Activation
+from rocm_patch.overrides import cudnn_flag, guarding
 from rocm_patch.overrides.ledger import LEDGER, Entry
+from rocm_patch.routes import Routes
 from rocm_patch.settings import Settings
 from rocm_patch.trust import fault
 from rocm_patch.trust.choose import Chooser
@@ -31,28 +34,36 @@ def install(activation: Activation, settings: Settings, native_up_to: int | None
 
     Args:
         activation: where and under which policy.
-        settings: of these, `fault`.
+        settings: of these, `fault`, the limits and where hardware is read.
         native_up_to: see `Chooser.native_up_to`.
     """
     key = activation.dispatch_key
     if key is None:
         return LEDGER.refuse(PATCH, activation.why)
-    arguments = (activation, native_up_to, settings.fault)
-    chooser = Chooser(activation.policy, activation.strategy, native_up_to, bypass_dtypes=activation.bypass_dtypes)
-    dispatcher = Dispatcher(chooser, fault.parse(settings.fault))
+    arguments = (activation, native_up_to, settings.fault, settings.hang_limit, settings.busy_limit)
+    chooser = Chooser(activation.policy, activation.strategy, native_up_to, activation.bypass_dtypes)
+    injected = fault.parse(settings.fault)
     with LEDGER.lock:
         before = LEDGER.already(PATCH, arguments)
         if before is not None:
             return before
+        guard = guarding.guard_for(chooser, settings)
+        dispatcher = Dispatcher(Routes(chooser, guard, injected, guarding.recorder(os.environ)))
         try:
             libraries = _registered(key, dispatcher)
         except RuntimeError as error:
             return LEDGER.refuse(PATCH, f"another package has overridden aten's convolutions: {error}")
         ACTIVE[key] = dispatcher
 
+        # MIOpen's batch norm and RNNs are MIOpen too. Under other policies the flag is the program's affair.
+        never_native = activation.policy == "bypass" and native_up_to is None
+        bring_back_flag = cudnn_flag.shield() if never_native else None
+
         def remove() -> None:
             del ACTIVE[key]
             _destroy(libraries)
+            if bring_back_flag is not None:
+                bring_back_flag()
 
         chosen = activation.strategy or activation.policy
         if native_up_to is not None:

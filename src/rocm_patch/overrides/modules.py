@@ -12,14 +12,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from rocm_patch import settings
 from rocm_patch.conv import autograd
 from rocm_patch.conv.call import Geometry, forward_spec
 from rocm_patch.conv.spec import DIRECTIONS
 from rocm_patch.dispatch import Dispatcher
 from rocm_patch.errors import NotAModuleError
 from rocm_patch.fallback import Conv2dBypassConfig, meaning
+from rocm_patch.overrides import guarding
 from rocm_patch.overrides.aten import ACTIVE
 from rocm_patch.overrides.ledger import LEDGER, Entry, replace
+from rocm_patch.routes import Routes
 from rocm_patch.settings import LOGGER
 from rocm_patch.trust.choose import Chooser
 
@@ -58,7 +61,11 @@ def _chooser(config: Conv2dBypassConfig) -> Chooser:
 def _dispatcher(config: Conv2dBypassConfig) -> Dispatcher:
     chooser = _chooser(config)
     key = (chooser.policy, chooser.preferred, chooser.native_up_to)
-    return _DISPATCHERS.get(key) or _DISPATCHERS.setdefault(key, Dispatcher(chooser))
+    found = _DISPATCHERS.get(key)
+    if found is None:
+        guard = guarding.guard_for(chooser, settings.from_environ())
+        found = _DISPATCHERS.setdefault(key, Dispatcher(Routes(chooser, guard)))
+    return found
 
 
 class _ServedAsSafe(type):
@@ -103,7 +110,7 @@ def _bypassed(
 ) -> torch.Tensor:
     """What `layer._conv_forward` computes, through a dispatcher of its own instead of aten's."""
     override = ACTIVE.get("CUDA" if input.is_cuda else "CPU")
-    if override is not None and override.chooser == _chooser(config):
+    if override is not None and override.routes.chooser == _chooser(config):
         return _ATEN_CONV_FORWARD(layer, input, weight, bias)  # aten leads to the very same place
     if torch._C._get_tracing_state() or _is_transformed():
         # A trace can record, and torch.func can transform, aten's operators only; the override serves them.

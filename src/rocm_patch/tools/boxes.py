@@ -135,7 +135,7 @@ def _safe_error(case: Any, dtype: str, device: str) -> tuple[float, str]:
         exact = native.convolution(x, w, b, *geometry, False, False, True, True)
         exact_grads = native.convolution_backward(g, x, w, list(b.shape), *geometry, [True, True, True])
 
-    routes = [route for part in (*aten.ACTIVE.values(), *modules.dispatchers()) for route in part.routes()]
+    routes = [route for part in (*aten.ACTIVE.values(), *modules.dispatchers()) for route in part.routes.taken()]
     by_spec = {replace(route.spec, device="cpu", channels_last=False): route.strategy for route in routes}
     served = [by_spec.get(case.spec(direction, dtype)) for direction in DIRECTIONS]
     results: Any = (out.detach(), image.grad, layer.weight.grad, layer.bias.grad)
@@ -274,7 +274,7 @@ def _bypass() -> str:
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1)).to(device)
     result: Any = model(torch.randn(2, 3, 42, 42, device=device, requires_grad=True))
     result.square().mean().backward()
-    routes = aten.ACTIVE[key].routes()
+    routes = aten.ACTIVE[key].routes.taken()
     calls = sum(route.calls for route in routes)
     natively = sum(route.calls for route in routes if route.strategy is NATIVE)
     used = ", ".join(sorted({route.strategy.name for route in routes}))

@@ -24,9 +24,11 @@ from rocm_patch.errors import UsageError
 from rocm_patch.launch.run import program_build
 from rocm_patch.machine import backend, catalog, environment, hardware
 from rocm_patch.machine.build import find_libraries
+from rocm_patch.machine.folders import cache_folder
 from rocm_patch.settings import Settings
 from rocm_patch.tools import doctor
 from rocm_patch.tools.privacy import private_facts, scrubbed
+from rocm_patch.trust.store import Store
 
 SCHEMA_VERSION = 1
 KIND = "rocm-patch report"
@@ -74,11 +76,27 @@ def collect(
         "environment": [_variable(name, value) for name, value in sorted(environ.items()) if _is_known(name)],
         "findings": doctor.document(doctor.examine(settings, environ))["findings"],
         "verify": boxes,
-        "verdicts": [],
+        "verdicts": _verdicts(environ),
         "bench": measured,
     }
     scrubbed_document: dict[str, Any] = scrubbed(_plain(document), private_facts(environ))
     return scrubbed_document
+
+
+def _verdicts(environ: Mapping[str, str]) -> list[dict[str, str]]:
+    """The convolutions that have failed here, under whatever torch and driver."""
+    return [
+        {
+            "verdict": row.verdict.kind,
+            "strategy": row.strategy,
+            "convolution": row.label,
+            "machine": str(row.machine),
+            "when": datetime.fromtimestamp(row.verdict.when, timezone.utc).isoformat(timespec="seconds"),
+            "evidence": row.verdict.evidence,
+        }
+        for row in Store(cache_folder(environ)).rows()
+        if row.verdict.is_bad
+    ]
 
 
 def write(path: Path, text: str) -> None:

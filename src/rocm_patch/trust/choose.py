@@ -1,17 +1,19 @@
 """choose(spec): which strategy serves a convolution, and why.
 
-Who is asked, first answer wins: the user's own word, what failed in this process, the policy.
+Who is asked, first answer wins: the user's own word, what is known of this machine, the catalog, the policy.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from rocm_patch.conv import NATIVE, STRATEGIES, Strategy
 from rocm_patch.conv.spec import ConvSpec
-from rocm_patch.errors import UsageError
+from rocm_patch.errors import NothingWorksError, UsageError
 from rocm_patch.settings import POLICIES
+from rocm_patch.trust.store import Verdict
 
 
 class Choice(NamedTuple):
@@ -19,6 +21,10 @@ class Choice(NamedTuple):
 
     strategy: Strategy
     why: str
+
+
+def _nothing_known(spec: ConvSpec, strategy: str) -> Verdict | None:
+    return None
 
 
 @dataclass
@@ -30,15 +36,15 @@ class Chooser:
         preferred: a strategy's name to use wherever it accepts the spec.
         native_up_to: under `bypass`, images whose largest side is at most this go to native, as `guarded`
             would (the original's SELECTIVE strategy).
-        failed: specs that native failed in this process, with its message.
         bypass_dtypes: under `guarded`, types that native is known to crash for on this machine.
+        verdict: what is known of a spec and a strategy on this machine.
     """
 
     policy: str = "bypass"
     preferred: str | None = None
     native_up_to: int | None = None
-    failed: dict[ConvSpec, str] = field(default_factory=dict, compare=False)
     bypass_dtypes: tuple[str, ...] = ()
+    verdict: Callable[[ConvSpec, str], Verdict | None] = field(default=_nothing_known, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -48,23 +54,46 @@ class Chooser:
             raise UsageError(f"unknown strategy {self.preferred!r}", f"give one of {', '.join(names)}")
 
     def choose(self, spec: ConvSpec) -> Choice:
-        """The strategy for a spec; the last of `STRATEGIES` rejects nothing, so there always is one."""
+        """The strategy for a spec.
+
+        Raises:
+            NothingWorksError: every strategy that accepts it is known to fail here.
+        """
         if self.policy == "native":
             return Choice(NATIVE, "policy native")
-        if spec in self.failed:
-            return self.bypass(spec, f"native failed here: {self.failed[spec]}")
+        allowed, why = self._native(spec)
+        if allowed:
+            known = self.verdict(spec, NATIVE.name)
+            if known is None or not known.is_bad:
+                return Choice(NATIVE, why)
+            why = f"native {known}"
+        return self.bypass(spec, why)
+
+    def _native(self, spec: ConvSpec) -> tuple[bool, str]:
+        """Whether the policy lets a spec run natively where nothing is known against it, and why."""
         if self.policy == "guarded" and spec.dtype in self.bypass_dtypes:
-            return self.bypass(spec, f"native {spec.dtype} convolutions are known to crash on this card")
+            return False, f"native {spec.dtype} convolutions are known to crash on this card"
         if self.policy == "guarded":
-            return Choice(NATIVE, "policy guarded, no failure so far")
+            return True, "policy guarded, no failure so far"
         if self.native_up_to is not None and max(spec.spatial) <= self.native_up_to:
-            return Choice(NATIVE, f"no side longer than {self.native_up_to}")
-        return self.bypass(spec, "policy bypass")
+            return True, f"no side longer than {self.native_up_to}"
+        return False, "policy bypass"
 
     def bypass(self, spec: ConvSpec, why: str) -> Choice:
-        """The best strategy that is not native."""
-        ranked = sorted(STRATEGIES, key=lambda strategy: strategy.name != self.preferred)
-        for strategy in ranked:
-            if strategy.rejects(spec) is None:
-                return Choice(strategy, why)
-        raise AssertionError(f"no strategy accepts {spec}")
+        """The best strategy that is not native.
+
+        Raises:
+            NothingWorksError: as `choose`.
+        """
+        failed: list[str] = []
+        for strategy in sorted(STRATEGIES, key=lambda strategy: strategy.name != self.preferred):
+            if strategy.rejects(spec) is not None:
+                continue
+            known = self.verdict(spec, strategy.name)
+            if known is None or not known.is_bad:
+                return Choice(strategy, "; ".join([why, *failed]))
+            failed.append(f"{strategy.name} {known}")
+        raise NothingWorksError(
+            f"no way is left to compute the convolution {spec}: {'; '.join([why, *failed])}",
+            "rocm-patch doctor says what this torch build can run; rocm-patch cache clear has all of it tried again",
+        )

@@ -14,11 +14,18 @@ _LIBRARY = re.compile(
 )
 # c10/hip/HIPException.cpp prefixes every failed HIP call so; after one the context is unusable.
 _DEVICE = re.compile(r"\b(HIP|CUDA) error\b|\bhipError\w+|\bHSA_STATUS_ERROR\w*", re.IGNORECASE)
+# Too little memory loses no context, though the runtime may have been the one to say it.
+_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|hipErrorOutOfMemory|miopenStatusAllocFailed|CUDNN_STATUS_ALLOC_FAILED",
+    re.IGNORECASE,
+)
 
 
 def blame(error: RuntimeError) -> str:
-    """`library` (a bypass can serve the call), `device` (the GPU context is lost) or `caller`."""
+    """`library` or `memory` (a bypass can serve the call), `device` (the GPU context is lost) or `caller`."""
     text = str(error)
+    if _MEMORY.search(text):
+        return "memory"
     if _DEVICE.search(text):
         return "device"
     return "library" if _LIBRARY.search(text) else "caller"

@@ -1,0 +1,252 @@
+"""How each convolution is served: one route per spec, and what happens when the strategy on it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from rocm_patch.conv import NATIVE, Strategy
+from rocm_patch.conv.call import memory_format
+from rocm_patch.conv.spec import ConvSpec
+from rocm_patch.conv.strategy import workspace_budget
+from rocm_patch.settings import LOGGER
+from rocm_patch.trust.choose import Chooser
+from rocm_patch.trust.fault import Fault
+from rocm_patch.trust.guard import Guard, is_capturing
+from rocm_patch.trust.native_errors import blame
+from rocm_patch.trust.store import Verdict
+
+# Programs with ever new shapes must not grow the tables for ever.
+MOST_ENTRIES = 8192
+
+
+@dataclass
+class Route:
+    """How one spec is served, and how often it was.
+
+    Attributes:
+        spec: the convolution.
+        strategy: what serves it.
+        why: the reason for the strategy.
+        memory_format: that of the result.
+        calls: how many calls took this route.
+        proven: whether the strategy runs without the guard's ado.
+        number: what the guard calls it, for the record of what was started last.
+    """
+
+    spec: ConvSpec
+    strategy: Strategy
+    why: str
+    memory_format: torch.memory_format
+    calls: int = 0
+    proven: bool = True
+    number: int = 0
+
+    def run(self, first: torch.Tensor, second: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """The strategy's result in aten's memory format; operands as `Strategy.run` takes them, bias (K,)."""
+        # Autocast must not reach the products in here. A forward comes with autocast excluded by its own kernel,
+        # but a backward() under autocast does not, and would run float32 products in half precision.
+        key = _AUTOCAST_KEYS[first.device.type]
+        before = torch._C._dispatch_tls_is_dispatch_key_excluded(key)
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, True)
+        try:
+            result = self.strategy.run(self.spec, first, second, workspace_budget(first.device))
+        finally:
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, before)
+        result = result.contiguous(memory_format=self.memory_format)
+        if bias is not None:
+            result.add_(bias.view(-1, *[1] * (first.dim() - 2)))
+        return result
+
+
+# Parsed by name: torch 1.13 has no attributes for them.
+_AUTOCAST_KEYS = {
+    "cpu": torch._C._dispatch_key_parse("AutocastCPU"),
+    "cuda": torch._C._dispatch_key_parse("AutocastCUDA"),
+}
+
+
+class Routes:
+    """The routes of one override.
+
+    Args:
+        chooser: names the strategy for each spec.
+        guard: watches over strategies that are unproven here.
+        fault: what goes wrong on purpose in native calls.
+        on_spec: called with every new spec.
+    """
+
+    def __init__(
+        self,
+        chooser: Chooser,
+        guard: Guard,
+        fault: Fault | None = None,
+        on_spec: Callable[[ConvSpec], None] | None = None,
+    ) -> None:
+        self.chooser = chooser
+        chooser.verdict = guard.verdicts.of
+        self.guard, self.fault, self._on_spec = guard, fault, on_spec
+        self._witness = guard.witness
+        self._routes: dict[ConvSpec, Route] = {}
+        self._pairs: dict[tuple[int, int], int] = {}
+        guard.witness.on_fork.append(self._forget_numbers)
+
+    def taken(self) -> list[Route]:
+        """The routes taken so far, in the order of their first call."""
+        return [route for route in self._routes.values() if route.calls]
+
+    def of(self, spec: ConvSpec) -> Route:
+        """The one route of a spec, made on its first sight."""
+        route = self._routes.get(spec)
+        if route is None:
+            strategy, why = self.chooser.choose(spec)
+            LOGGER.info("%s -> %s (%s)", spec, strategy.name, why)
+            if self._on_spec is not None:
+                self._on_spec(spec)
+            route = remember(self._routes, spec, Route(spec, strategy, why, memory_format(spec)))
+            self._judge_anew(route)
+        return route
+
+    def serve(
+        self,
+        route: Route,
+        by_native: Callable[[], Any],
+        first: torch.Tensor,
+        second: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The result of one direction, by the next strategy for as long as one fails."""
+        route.calls += 1
+        witness = self._witness
+        while True:
+            run: Callable[[], Any] = by_native
+            if route.strategy is not NATIVE:
+                run = partial(route.run, first, second, bias)
+            elif self.fault is not None:
+                run = partial(self.fault.around, route.spec.direction, by_native)
+            try:
+                if route.proven:
+                    witness.count += 1
+                    witness.slots[0] = route.number
+                    return run()  # type: ignore[no-any-return]
+                if is_capturing(first):
+                    return self._without_proof(route, run, first, second, bias)
+                verdict, result = self.guard.first_call(route.spec, route.strategy, run, first, second, bias)
+            except RuntimeError as error:
+                verdict, result = self._after(error, route, first, second, bias)
+            if result is not None:
+                if verdict.calls:
+                    self._prove(route)
+                return result
+            self._reroute(route, verdict)
+
+    def natives_at_once(self, routes: Sequence[Route | None], run: Callable[[], Any]) -> Any:
+        """Both gradients in one native call, as aten does it; None where each has to be computed alone.
+
+        That is where one is not native or not proven, and where the call has failed: which one was it?
+        """
+        known = [route for route in routes if route is not None]
+        plain = all(route.strategy is NATIVE and route.proven for route in known)
+        if self.fault is not None or not known or not plain:
+            return None
+        number = self._number(known)
+        self._witness.count += 1
+        self._witness.slots[0] = number
+        try:
+            grads = run()
+        except RuntimeError as error:
+            if blame(error) != "library" or self.chooser.policy == "native":
+                raise self._explained(error, *known) from None
+            return None
+        for route in known:
+            route.calls += 1
+        return grads
+
+    def _number(self, routes: Sequence[Route]) -> int:
+        numbers = (routes[0].number, routes[-1].number)
+        if numbers[0] == numbers[1]:
+            return numbers[0]
+        found = self._pairs.get(numbers)
+        if found is None:
+            found = self._pairs[numbers] = self.guard.number(*((route.spec, route.strategy) for route in routes))
+        return found
+
+    def _without_proof(self, route: Route, run: Callable[[], Any], *operands: Any) -> torch.Tensor:
+        """While a CUDA graph is captured nothing may be tried: what is proven, else what is ours."""
+        if route.strategy is not NATIVE:
+            return run()  # type: ignore[no-any-return]
+        strategy, why = self.chooser.bypass(route.spec, "unproven, and a CUDA graph is being captured")
+        LOGGER.info("%s -> %s for this graph (%s)", route.spec, strategy.name, why)
+        return Route(route.spec, strategy, why, route.memory_format).run(*operands)
+
+    def _after(
+        self, error: RuntimeError, route: Route, first: torch.Tensor, second: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[Verdict, torch.Tensor | None]:
+        """The verdict on a strategy that raised; raises what is not its fault, or cannot be mended here."""
+        culprit = blame(error)
+        if culprit == "device":
+            if not route.proven:
+                # The device was synchronised before this call, so the fault is its own.
+                self.guard.convict(route.spec, route.strategy, "crash", str(error))
+            raise self._explained(error, route)
+        if culprit == "caller" or self.chooser.policy == "native":
+            raise error
+        result = None
+        if culprit == "memory":
+            if route.strategy is not NATIVE:
+                raise error
+            # Too little memory is native's fault only where something else does with it.
+            strategy, why = self.chooser.bypass(route.spec, "native ran out of memory")
+            result = Route(route.spec, strategy, why, route.memory_format).run(first, second, bias)
+        verdict = self.guard.convict(route.spec, route.strategy, "error", str(error).strip())
+        if result is not None:
+            self._reroute(route, verdict)
+        return verdict, result
+
+    def _explained(self, error: RuntimeError, *routes: Route) -> RuntimeError:
+        """A failed call of the GPU's runtime leaves its context unusable: say in which convolution it showed."""
+        if blame(error) == "device":
+            specs = "; ".join(f"{route.strategy.name} convolution {route.spec}" for route in routes)
+            error.args = (
+                f"{error}\nin the {specs}; the GPU context is unusable from here on\n"
+                "hint: start again with ROCM_PATCH_CONV=bypass, or rocm-patch run --conv bypass",
+            )
+        return error
+
+    def _judge_anew(self, route: Route) -> None:
+        route.proven, route.number = False, 0
+        if self.guard.trusts(route.spec, route.strategy):
+            self._prove(route)
+
+    def _prove(self, route: Route) -> None:
+        route.number = self.guard.number((route.spec, route.strategy))
+        route.proven = True
+
+    def _reroute(self, route: Route, verdict: Verdict) -> None:
+        """The next best strategy serves this spec from here on."""
+        failed = route.strategy.name
+        route.strategy, route.why = self.chooser.choose(route.spec)
+        LOGGER.warning(
+            "%s convolution %s\n%s is served by %s from here on\n"
+            "hint: rocm-patch cache show says what is known; ROCM_PATCH_CONV=bypass saves the attempt",
+            failed, verdict, route.spec, route.strategy.name,
+        )  # fmt: skip
+        self._judge_anew(route)
+
+    def _forget_numbers(self) -> None:
+        """In a forked child."""
+        self._pairs.clear()
+        for route in self._routes.values():
+            route.number = 0
+
+
+def remember(table: dict[Any, Any], key: Any, value: Any) -> Any:
+    """Enter a value into a table that is emptied when it has grown too long."""
+    if len(table) >= MOST_ENTRIES:
+        table.clear()
+    table[key] = value
+    return value
