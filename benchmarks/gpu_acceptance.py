@@ -113,9 +113,12 @@ def check_strides_equal_natives() -> dict[str, Any]:
                 strides = []
                 for switch in (off, on):
                     switch()
+                    # Aten's own path while cuDNN is off, as it is under the bypass: with it, channels_last stays.
+                    torch.backends.cudnn.enabled = which == "contiguous" or switch is on
                     a, b = image.detach().requires_grad_(), weight.detach().requires_grad_()
                     out = CONVS[len(case.stride)](a, b, None, case.stride, case.padding, case.dilation, case.groups)
                     out.backward(torch.ones_like(out))
+                    torch.backends.cudnn.enabled = True
                     strides.append([tuple(t.stride()) for t in (out, a.grad, b.grad)])
                 compared += 1
                 if strides[0] != strides[1]:
