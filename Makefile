@@ -8,6 +8,9 @@ TORCH ?= torch==2.13.0
 # A Python that has torch 1.13, the generation of the original (Debian 12: apt install python3-torch).
 LEGACY_PYTHON ?= /usr/bin/python3.11
 
+# Most tests wait for processes of their own; more at once than this would make them late.
+PARALLEL ?= -n 2 --dist worksteal
+
 VENV := .venv
 LEGACY_VENV := .venv-torch113
 HAS_LEGACY := $(shell $(LEGACY_PYTHON) -c "import torch; print(torch.__version__.startswith('1.13'))" 2>/dev/null)
@@ -18,7 +21,7 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready check
 	rm -rf .outcomes
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest $(PARALLEL)
 ifeq ($(HAS_LEGACY),True)
 	$(MAKE) test-torch113
 endif
@@ -26,7 +29,7 @@ endif
 
 .PHONY: test-torch113
 test-torch113: $(LEGACY_VENV)/ready
-	$(LEGACY_VENV)/bin/python -m pytest
+	$(LEGACY_VENV)/bin/python -m pytest $(PARALLEL)
 
 check: $(VENV)/ready
 	$(VENV)/bin/ruff check .

@@ -213,3 +213,25 @@ def test_no_warning_reaches_the_user():
         env=clean_environ(), capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0 and done.stderr == ""
+
+
+def test_the_override_needs_nothing_that_windows_lacks():
+    """Without fork, file locks, sysconf and the like: convolutions are served, and nothing is guarded."""
+    code = (
+        "import os, signal, sys, torch, torch.nn.functional as F\n"
+        "torch.set_num_threads(1)\n"
+        "sys.platform = 'win32'\n"
+        "for module in ('fcntl', 'resource', 'pty', 'termios'): sys.modules[module] = None\n"
+        "for name in ('fork', 'register_at_fork', 'killpg', 'posix_fallocate', 'pidfd_open', 'waitid'):\n"
+        "    delattr(os, name)\n"
+        "for name in ('SIGKILL', 'SIGBUS', 'SIGHUP', 'SIGTRAP', 'SIGQUIT', 'SIGUSR1'): delattr(signal, name)\n"
+        "import rocm_patch\n"
+        "from rocm_patch.overrides.aten import ACTIVE\n"
+        "for policy in ('bypass', 'guarded'):\n"
+        "    assert rocm_patch.enable_miopen_bypass(policy, backend='cpu')\n"
+        "    x = torch.ones(1, 2, 5, 5, requires_grad=True)\n"
+        "    F.conv2d(x, torch.ones(3, 2, 3, 3)).sum().backward()\n"
+        "    assert len(ACTIVE['CPU'].routes.taken()) == 2\n"
+        "    rocm_patch.disable_all_patches()\n"
+    )
+    python("-c", code)

@@ -11,6 +11,8 @@ from conftest import rocm_patch
 from hammer import MACHINE
 from rocm_patch.trust.store import Store, Verdict
 
+pytestmark = pytest.mark.torch_free
+
 OTHER = dataclasses.replace(MACHINE, device="gfx1151", torch="2.13.0")
 SPEC = '{"direction":"forward","image":[1,2,42,42]}'
 

@@ -276,7 +276,6 @@ def test_a_packaged_module_is_a_program(tmp_path):
     python(str(script), cwd=tmp_path)
 
 
-
 def test_a_torch_whose_property_is_another_is_shielded_beneath_it():
     code = """
 import logging, torch

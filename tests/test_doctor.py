@@ -21,6 +21,8 @@ from rocm_patch.machine.hardware import read_machine
 from rocm_patch.settings import Settings
 from rocm_patch.tools.doctor import driver
 from rocm_patch.tools.doctor.finding import Context
+from rocm_patch.trust.fingerprint import Fingerprint
+from rocm_patch.trust.store import Store, Verdict
 
 LIST_1_13 = ("gfx900", "gfx906", "gfx908", "gfx90a", "gfx1030")
 LIST_2_4 = (*LIST_1_13, "gfx942", "gfx1100")
@@ -569,8 +571,44 @@ def test_a_script_that_sets_its_variables_too_late(tmp_path):
 
 def test_text_and_json_say_the_same(tmp_path):
     staged = stage(tmp_path, "rx_6700_xt")
+    staged.environ["ROCM_PATCH_CACHE_DIR"] = "/home/ann/learned"
     environ = {"ROCM_PATCH_SYSFS_ROOT": str(tmp_path), "PYTHONPATH": str(staged.site), "HOME": "/home/ann"}
-    text = doctor(**environ).stdout
+    text = doctor(**environ, **staged.environ).stdout
     for finding in staged.findings():
         assert f"{finding['level']:<8} {finding['check']}: {finding['summary']}" in text
         assert finding["fix"] in text
+
+
+# What has failed here before -------------------------------------------------------------------------------------
+
+
+def recorded(tmp_path, *failures, torch="2.6.0+rocm6.2.4", kernel=None):
+    """doctor's findings on a card where these (strategy, verdict) are recorded."""
+    staged = stage(tmp_path, "rx_5700_xt")
+    staged.torch(torch, targets=["gfx1030"])
+    machine = read_machine(str(tmp_path))
+    here = Fingerprint("gfx1010", "10.3.0", torch, "hip 6.2", machine.driver, kernel or machine.kernel)
+    store = Store(tmp_path / "learned")
+    for number, (strategy, kind) in enumerate(failures):
+        store.put(here, f"spec {number}", f"forward number {number}", strategy, Verdict(kind, evidence="seen"))
+    store.close()
+    staged.environ["ROCM_PATCH_CACHE_DIR"] = str(tmp_path / "learned")
+    return [finding for finding in staged.findings() if finding["check"] == "recorded_failures"]
+
+
+def test_recorded_failures_are_counted(tmp_path):
+    (finding,) = recorded(tmp_path, ("native", "hang"), ("native", "crash"), ("native", "hang"), ("native", "ok"))
+    assert finding["level"] == "ok" and finding["fix"] == "rocm-patch cache show"
+    assert finding["summary"].startswith("3 recorded failures of convolutions (1 crash, 2 hang)")
+
+
+def test_a_build_whose_matrix_products_fail_cannot_run_here(tmp_path):
+    """Nothing is left to fall back to: doctor says so, and what would run."""
+    native, ours = recorded(tmp_path, ("native", "crash"), ("im2col", "wrong"))
+    assert native["level"] == "ok" and ours["level"] == "failure"
+    assert "torch 2.6.0+rocm6.2.4 cannot run here" in ours["summary"] and "im2col of forward number 1" in ours["why"]
+    assert "torch[device-gfx1010]" in ours["fix"]
+
+
+def test_failures_under_another_kernel_or_torch_are_not_todays(tmp_path):
+    assert recorded(tmp_path, ("native", "crash"), kernel="6.1.0") == []

@@ -11,6 +11,8 @@ from rocm_patch.machine.build import read_build
 from rocm_patch.machine.hardware import read_machine
 from rocm_patch.trust.fingerprint import Fingerprint, fingerprint
 
+pytestmark = pytest.mark.torch_free
+
 OVERRIDE = "HSA_OVERRIDE_GFX_VERSION"
 
 

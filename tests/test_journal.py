@@ -16,6 +16,8 @@ from rocm_patch.trust.journal import Call, Journal, host_and_boot, left_behind
 from rocm_patch.trust.remains import settle
 from rocm_patch.trust.store import Store, Verdict
 
+pytestmark = pytest.mark.torch_free
+
 MACHINE = Fingerprint("gfx1010", "10.3.0", "1.13.1+rocm5.2", "hip 5.2.2", "in-tree", "6.8.0")
 
 

@@ -131,8 +131,11 @@ def test_two_inputs_and_half_types(tmp_path):
         "--dtype",
         "float64",
     )
-    assert code == 0 and len(rows) == 2 * 3 * 2
-    assert {row["label"].split()[-2] for row in rows} == {"bfloat16", "float64"}
+    assert len(rows) == 2 * 3 * 2 and {row["label"].split()[-2] for row in rows} == {"bfloat16", "float64"}
+    bad = {(row["direction"], row["strategy"], row["label"].split()[-2]) for row in rows if row["kind"] != "ok"}
+    # torch 1.13's transposed convolution in bfloat16 raises or is wrong on the CPU.
+    is_old = torch.__version__.startswith("1.")
+    assert bad == ({("grad_input", "native", "bfloat16")} if is_old else set()) and code == is_old
 
 
 def test_a_scripts_convolutions_are_found_and_its_output_kept_apart(tmp_path):

@@ -10,6 +10,8 @@ import pytest
 from conftest import clean_environ
 from rocm_patch.trust.progress import Limits, Patience, caches
 
+pytestmark = pytest.mark.torch_free
+
 # Asks about itself, as the watchdog does, while its main thread does `{work}`; prints when it has lost patience.
 WATCHER = """
 import os, sys, threading, time

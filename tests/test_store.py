@@ -21,6 +21,8 @@ from conftest import clean_environ
 from hammer import MACHINE, forked
 from rocm_patch.trust.store import VERDICTS, Store, Verdict
 
+pytestmark = pytest.mark.torch_free
+
 HAMMER = Path(__file__).with_name("hammer.py")
 
 

@@ -26,14 +26,15 @@ cudnn_enabled: Callable[[], bool] = inspect.unwrap(torch._C._get_cudnn_enabled)
 # 5 % (bfloat16: 15 %). Worst errors of 64 samples, simulated for images that are Gaussian, ReLU's, smooth, offset or
 # 2 % spikes, 3 to 256 channels (why the size of tiles counts: Barabasz et al., arXiv:1803.10986):
 #   float32: TF32 (10 bits of mantissa, u = 2^-11) 1e-3, in front of it Winograd F(4x4,3x3) 1.1e-2; Winograd in
-#     float32 itself 4e-6 up to F(6x6,3x3). AMD's cards for desktops have nothing like TF32.
+#     float32 itself 4e-6 up to F(6x6,3x3). On AMD only CDNA3 has the like (xf32),
+#     and no Winograd on top of it.
 #   float16: Winograd with everything in float16 but the sums over channels: F(2x2,3x3) 1.5e-3, F(4x4,3x3) 2.5e-2.
 #   bfloat16: rounding of the result 2^-9; F(2x2,3x3) all in bfloat16 1.7e-2, F(4x4,3x3) with float32 transforms
 #     stored in bfloat16 7.7e-2.
 # cuDNN 9.19 on an H200, conv/cases.py and 64 to 256 channels: TF32 1.0e-3, float16 3.6e-4, bfloat16 2.6e-3.
 # F(6x6,3x3) in half types can exceed the bounds. MIOpen's driver allows 8.2e-3 (float16) and 6.56e-2 (bfloat16) of
 # the largest value, root mean square, and twice that for grad_weight (https://github.com/ROCm/MIOpen/pull/308).
-NATIVE_RTOL = {"float64": 1e-10, "float32": 2e-2 if torch.version.cuda else 1e-3, "float16": 3e-2, "bfloat16": 1e-1}
+NATIVE_RTOL = {"float64": 1e-10, "float32": 2e-2 if torch.version.cuda else 5e-3, "float16": 3e-2, "bfloat16": 1e-1}
 
 
 def convolution(*args: Any) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -34,7 +35,10 @@ def guard_for(chooser: Chooser, settings: Settings) -> Guard:
     is_hip = torch.version.hip is not None
     runs_native = chooser.policy == "guarded" or chooser.native_up_to is not None
     fingerprints = machine_of(settings)
-    if chooser.policy == "native" or not (runs_native or is_hip):
+    can_guard = sys.platform == "linux"
+    if not can_guard and (runs_native or is_hip):
+        LOGGER.info("nothing is guarded on %s: failures are remembered as long as this process lives", sys.platform)
+    if chooser.policy == "native" or not (runs_native or is_hip) or not can_guard:
         return Guard(Verdicts(None, fingerprints))
     limits = Limits(settings.hang_limit, settings.busy_limit)
     folder = folders.cache_folder(os.environ)

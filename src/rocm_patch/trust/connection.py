@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
 import sqlite3
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+if sys.platform != "win32":
+    import fcntl
+
 
 _HINT = "name a folder that can be written with ROCM_PATCH_CACHE_DIR"
 BUSY_HINT = "end processes that stand still and use the folder, or name another one with ROCM_PATCH_CACHE_DIR"

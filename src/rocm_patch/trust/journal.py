@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import errno
 import faulthandler
-import fcntl
 import io
 import json
 import mmap
 import os
 import platform
 import socket
+import sys
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -29,6 +29,10 @@ from pathlib import Path
 
 from rocm_patch.machine import sysfs
 from rocm_patch.trust.fingerprint import Fingerprint
+
+if sys.platform != "win32":
+    import fcntl
+
 
 _PAGE = 4096
 # Taken from the file system at once, so that a disk that fills up later cannot stop a row from being written.

@@ -19,7 +19,6 @@ from rocm_patch.machine.folders import home_of
 
 # Processes that comgr, MIOpen, hipcc and Triton start to compile.
 _COMPILERS = re.compile(r"clang|lld|hipcc|amdclang|comgr|cc1|ptxas|^ld$|^as$|opt$|llc")
-_TICKS = os.sysconf("SC_CLK_TCK")
 # A waiting process still takes a little time, a working one most of it.
 _BUSY_SHARE = 0.2
 # Whoever asks every second and has not for so many was stopped.
@@ -116,7 +115,7 @@ def _cpu_seconds_and_page_reads(pid: int) -> tuple[float, int]:
         fields = rest.split()
         if is_first or _COMPILERS.search(name):
             # utime, stime, and what ended children took: fields 14 to 17 of proc(5).
-            total += sum(map(int, fields[11:15])) / _TICKS
+            total += sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
             reads += int(fields[9])  # majflt: a file system without pages on a disk has none
         is_first = False
     return total, reads

@@ -272,18 +272,18 @@ _STORES: weakref.WeakSet[Store] = weakref.WeakSet()
 _FORKING = threading.local()
 
 
-def _before_fork() -> None:
+def _before() -> None:
     _FORKING.stores = [store for store in list(_STORES) if store._lock.acquire(timeout=store._wait)]
     for store in _FORKING.stores:
         store._database.close()
 
 
-def _after_fork_in_parent() -> None:
+def _in_parent() -> None:
     for store in _FORKING.__dict__.pop("stores", ()):
         store._lock.release()
 
 
-def _after_fork_in_child() -> None:
+def _in_child() -> None:
     _FORKING.__dict__.clear()
     for store in list(_STORES):
         store._lock = threading.Lock()
@@ -296,4 +296,5 @@ def _close_all() -> None:
         store.close()
 
 
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+if hasattr(os, "register_at_fork"):  # Windows does not fork
+    os.register_at_fork(before=_before, after_in_parent=_in_parent, after_in_child=_in_child)
