@@ -219,6 +219,60 @@ def check_graph_capture_tries_nothing() -> dict[str, Any]:
     return results
 
 
+def check_guarded_training_in_all_modes() -> dict[str, Any]:
+    """First runs are judged under autocast with GradScaler, channels_last, determinism, inference and compile."""
+
+    def train(mode: str) -> list[float]:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 16, 3, padding=1), torch.nn.BatchNorm2d(16), torch.nn.ReLU(),
+            torch.nn.Conv2d(16, 16, 3, stride=2, groups=2), torch.nn.ReLU(),
+            torch.nn.ConvTranspose2d(16, 8, 4, stride=2, padding=1), torch.nn.AdaptiveAvgPool2d(1),
+            torch.nn.Flatten(), torch.nn.Linear(8, 4),
+        ).to(DEVICE)  # fmt: skip
+        x, y = torch.randn(8, 3, 21, 21, device=DEVICE), torch.arange(8, device=DEVICE) % 4
+        if mode == "channels_last":
+            model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+        torch.use_deterministic_algorithms(mode == "deterministic")
+        scaler = torch.amp.GradScaler("cuda", enabled=mode == "autocast")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        forward = torch.compile(model) if mode == "compile" else model
+        losses = []
+        for _ in range(5):
+            with torch.autocast("cuda", torch.float16, enabled=mode == "autocast"):
+                loss = F.cross_entropy(forward(x), y)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            losses.append(loss.item())
+        with torch.inference_mode():
+            losses.append(float(F.cross_entropy(model.eval()(x), y)))
+        torch.use_deterministic_algorithms(False)
+        return losses
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.allow_tf32 = False
+    results: dict[str, Any] = {}
+    for mode in ("plain", "autocast", "channels_last", "deterministic", "compile"):
+        rocm_patch.disable_all_patches()
+        native = train(mode)
+        with tempfile.TemporaryDirectory() as cache:
+            os.environ["ROCM_PATCH_CACHE_DIR"] = cache
+            rocm_patch.enable_miopen_bypass("guarded", backend=BACKEND)
+            ours = train(mode)
+            routes = ACTIVE["CUDA"].routes.taken()
+            rocm_patch.disable_all_patches()
+            verdicts = {row.verdict.kind for row in Store(Path(cache)).rows()}
+        error = max(abs(a - b) / abs(b) for a, b in zip(ours, native, strict=True))
+        unproven = [str(route.spec) for route in routes if not route.proven]
+        results[mode] = {"loss_error": error, "convolutions": len(routes), "unproven": unproven}
+        assert error < (2e-3 if mode == "autocast" else 1e-4), results
+        assert verdicts == {"ok"}, results
+        assert {route.strategy.name for route in routes} == {"native"}, results
+    return results
+
+
 def check_the_cost_of_a_proven_call() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "overhead.json")

@@ -41,7 +41,8 @@ def guard_for(chooser: Chooser, settings: Settings) -> Guard:
     if chooser.policy == "native" or not (runs_native or is_hip) or not can_guard:
         return Guard(Verdicts(None, fingerprints))
     limits = Limits(settings.hang_limit, settings.busy_limit)
-    folder = folders.cache_folder(os.environ)
+    # Absolute: a program may change its folder.
+    folder = folders.cache_folder(os.environ).absolute()
     guard = _WATCHING.get((limits, folder))
     if guard is None:
         verdicts = Verdicts(Store(folder), fingerprints)

@@ -174,7 +174,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
     lines = ["| failure | direction | first run | remembered as | second run |", "| --- | --- | --- | --- | --- |"]
     for row in outcomes:
         second = "ended right" if row.second_exit == 0 else f"ended with exit code {row.second_exit}"
-        second += f", met it {'never' if not row.second_faults else f'{row.second_faults} times'}"
+        second += f", met it {row.second_faults} times" if row.second_faults else ", never met it"
         first = row.first + (", ended right" if row.first_exit == 0 else "")
         lines.append(f"| {row.fault} | {row.direction} | {first} | {', '.join(row.verdicts)} | {second} |")
     return "\n".join(lines)
