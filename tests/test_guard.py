@@ -344,6 +344,30 @@ def test_a_hang_without_restart_is_said_and_left_to_the_user(tmp_path):
     assert answer["served"]["forward"] == "im2col" and answer["met"] == 0
 
 
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_a_proven_call_that_does_not_return(tmp_path, ranks):
+    """It hangs; but where there are ranks it may wait for another one, so that it is a suspicion only."""
+    script = tmp_path / "train.py"
+    script.write_text(PROGRAM.format(calls=5))
+    environ = clean_environ(
+        ROCM_PATCH_CACHE_DIR=str(tmp_path / "cache"), ROCM_PATCH_FAULT="hang:forward:after=2",
+        ROCM_PATCH_HANG_LIMIT="1", WORLD_SIZE=ranks,
+    )  # fmt: skip
+    command = [sys.executable, "-m", "rocm_patch", "run", "--backend", "cpu", "--conv", "guarded", str(script)]
+    process = subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True)
+    said = ""
+    while "hint: end this program" not in said:
+        line = process.stderr.readline()
+        assert line, said
+        said += line
+    process.kill()
+    process.wait()
+    store = Store(tmp_path / "cache")
+    assert rows(tmp_path)["forward", "native"].kind == ("hang" if ranks == "1" else "ok")
+    assert [suspicion.strategy for suspicion in store.suspicions()] == ([] if ranks == "1" else ["native"])
+    assert ("a convolution hangs" if ranks == "1" else "the last convolution was") in said
+
+
 def test_a_long_compilation_is_no_hang(tmp_path):
     """Ten minutes under a limit of one, scaled down: a compiler at work for six seconds under a limit of one."""
     _, answer, said = program(

@@ -172,6 +172,16 @@ def test_a_stack_elsewhere_is_none(tmp_path):
     assert verdict is None and "Segmentation fault" in suspicion and found[0].stack
 
 
+def test_after_a_crash_elsewhere_every_proven_call_is_suspected(tmp_path):
+    """A GPU's fault shows later than it is made, and in another thread: the last call need not be the one."""
+    body = "for n in range(3): journal.slots[0] = journal.number([call(str(n))])\nos.abort()"
+    assert child(body, tmp_path) == -signal.SIGABRT
+    store = Store(tmp_path / "store")
+    settle(store, tmp_path)
+    assert [suspicion.label for suspicion in store.suspicions()] == ["forward 0", "forward 1", "forward 2"]
+    assert store.rows() == []
+
+
 def test_a_machine_that_went_down_in_an_unproven_call_convicts_it(tmp_path):
     body = "with journal.attempt(call()):\n    print('ready', flush=True); time.sleep(60)"
     child(body, tmp_path, end=signal.SIGKILL)

@@ -105,6 +105,15 @@ def test_a_lost_gpu_context_is_followed_by_a_run_on_the_bypass(tmp_path):
     assert "ended after a convolution failed (crash: native of forward" in done.stderr
 
 
+def test_a_program_that_handles_the_error_is_left_alone(tmp_path):
+    """It saves its work after a lost GPU context, and ends well: nothing is started again."""
+    script = CONV + (
+        "try:\n    F.conv2d(torch.ones(1, 2, 5, 5), torch.ones(3, 2, 3, 3))\nexcept RuntimeError:\n    print('saved')"
+    )
+    done = run(tmp_path, script, fault="device:forward")
+    assert done.returncode == 0 and done.stdout == "saved\n" and "again" not in done.stderr
+
+
 def test_a_hang_ends_within_the_limit_and_five_seconds(tmp_path):
     script = CONV + (
         "import sys, time\n"

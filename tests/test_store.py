@@ -424,6 +424,19 @@ def test_the_folder_is_deleted_underneath(folder, said):
     assert put(two, "d") and specs(Store(folder)) == {"a", "b", "c", "d"} == specs(one) and said == []
 
 
+def test_a_file_that_took_a_deleted_ones_inode_is_another_file(folder):
+    """As if it had been cleared by somebody: what this process knows would be thought forgotten."""
+    for n in range(5):
+        store, other = Store(folder), Store(folder)
+        put(store, f"mine {n}", "hang")
+        store.close()
+        shutil.rmtree(folder)
+        put(other, f"another's {n}")
+        other.close()
+        assert get(store, f"mine {n}").kind == "hang"
+        assert specs(Store(folder)) >= {f"another's {n}"}
+
+
 @pytest.mark.parametrize("gone", [["-wal"], ["-shm"], ["-wal", "-shm"]])
 def test_its_journal_is_deleted_underneath(folder, gone):
     """Two processes would write past each other: one into a journal that nobody else finds."""

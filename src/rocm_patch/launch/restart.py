@@ -29,8 +29,8 @@ _PASSED_ON = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, sign
 _CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP)
 _FROM_TERMINAL = 0x80  # SI_KERNEL: the terminal has sent it to the program as well
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-# A program that has asked for its restart and does not end (torchrun waits for its workers, a driver for ever) is
-# told to after the first of these, killed after the second, and given up after the third; seconds.
+# A program that the watchdog has ended and that is still there (torchrun waits for its workers, a driver for ever) is
+# told to end after the first of these, killed after the second, and given up after the third; seconds.
 _PATIENCE = (40.0, 60.0, 75.0)
 
 
@@ -95,7 +95,8 @@ def _run(launch: Launch, environ: dict[str, str], asked: Path, mask: set[int | s
         received = signal.sigtimedwait({*_PASSED_ON, signal.SIGCHLD}, 0.5)
         if received is not None and received.si_signo in _PASSED_ON and received.si_code != _FROM_TERMINAL:
             process.send_signal(received.si_signo)
-        if since is None and asked.exists():
+        # After a crash that was raised as an error the program may be busy saving its work.
+        if since is None and asked.exists() and asked.read_text(encoding="utf-8").startswith("hang"):
             since = time.monotonic()
         while since is not None and steps and time.monotonic() - since > steps[0][0]:
             number = steps.pop(0)[1]

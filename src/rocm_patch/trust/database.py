@@ -53,6 +53,7 @@ class Database:
         self._mode = ""
         self._is_inherited = False
         self._identity: tuple[object, ...] = ()
+        self._number = 0
         self._file_before: object = None
 
     def read(self, deadline: float, query: str, values: tuple[object, ...] = ()) -> list[tuple[object, ...]] | None:
@@ -147,8 +148,9 @@ class Database:
                     return None
                 self._make(deadline)
                 self._connect(deadline)
-            if self._connection is not None and self._identity[0] != self._file_before:
-                self._file_before, self.is_fresh = self._identity[0], True
+            # A deleted file's inode number may be its successor's: each file has a number of its own inside.
+            if self._connection is not None and (self._identity[0], self._number) != self._file_before:
+                self._file_before, self.is_fresh = (self._identity[0], self._number), True
                 self.generation += 1
         return self._connection
 
@@ -175,6 +177,7 @@ class Database:
         connection = self._keep(connected(self.path, "mode=rw", deadline))
         try:
             (version,) = connection.execute("PRAGMA user_version").fetchone()
+            (self._number,) = connection.execute("PRAGMA application_id").fetchone()
             (self._mode,) = connection.execute("PRAGMA journal_mode").fetchone()
         except sqlite3.OperationalError:
             if os.access(self.path, os.W_OK) and os.access(self.path.parent, os.W_OK):
@@ -213,8 +216,10 @@ class Database:
                         connection.execute("PRAGMA locking_mode=EXCLUSIVE")  # or it would try to share memory first
                     self._set_mode(mode)
                     connection.execute("PRAGMA synchronous=EXTRA")
+                    number = int.from_bytes(os.urandom(4), "big", signed=True)
                     connection.executescript(
-                        f"BEGIN IMMEDIATE; {self._schema}; PRAGMA user_version={self._version}; COMMIT"
+                        f"BEGIN IMMEDIATE; {self._schema}; PRAGMA application_id={number}; "
+                        f"PRAGMA user_version={self._version}; COMMIT"
                     )
                     return
                 except sqlite3.OperationalError as error:

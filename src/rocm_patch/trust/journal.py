@@ -71,6 +71,7 @@ class Remains:
         path: its file.
         attempt: the unproven calls that were in flight.
         proven: the proven calls that were started last.
+        listed: all the proven calls that it has made, in the order of their first one.
         host: the machine that it ran on; empty if that cannot be told.
         boot: the id of that machine's boot.
         launch: the id of the `rocm-patch run --restart` that it belonged to.
@@ -80,6 +81,7 @@ class Remains:
     path: Path
     attempt: tuple[Call, ...]
     proven: tuple[Call, ...]
+    listed: tuple[Call, ...]
     host: str
     boot: str
     launch: str
@@ -184,7 +186,8 @@ class Journal:
         self._stop_watching()
         with suppress(OSError):
             self.path.unlink()
-        self.abandon()
+        # The mapping goes with its last user: another thread may be about to write to it.
+        os.close(self._file)
 
     def _stop_watching(self) -> None:
         if self._fault is not None:
@@ -273,10 +276,12 @@ def _read(path: Path, content: bytes) -> Remains | None:
         host, boot, launch = header["host"], header["boot"], header["launch"]
         lines = content[2 * _PAGE :].rstrip(b"\0").split(b"\n")
         in_flight = _calls(content[_PAGE : 2 * _PAGE].rstrip(b"\0")) if attempt else ()
-        last = _calls(lines[proven - 1]) if 0 < proven < len(lines) else ()
+        listed = [_calls(line) for line in lines[:-1]]
+        last = listed[proven - 1] if 0 < proven <= len(listed) else ()
     except (ValueError, KeyError, TypeError):
         return None
-    return Remains(path, in_flight, last, host, boot, launch, sysfs.text(path.with_suffix(".fault")))
+    every = tuple(dict.fromkeys(call for calls in listed for call in calls))
+    return Remains(path, in_flight, last, every, host, boot, launch, sysfs.text(path.with_suffix(".fault")))
 
 
 def _calls(line: bytes) -> tuple[Call, ...]:

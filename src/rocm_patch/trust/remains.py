@@ -9,6 +9,8 @@ from rocm_patch.trust.store import Store, Verdict
 
 # Frames that faulthandler writes for a crash inside a convolution: aten's called from us, or an algorithm of ours.
 _INSIDE = ("rocm_patch/conv/", "rocm_patch/trust/fault.py")
+# Of a process that has made ever new shapes, so many of its last ones.
+MOST_SUSPECTS = 256
 
 
 def _enter(store: Store, remains: Remains) -> None:
@@ -25,20 +27,18 @@ def _enter(store: Store, remains: Remains) -> None:
     # Of two directions that are one call to aten, either may have been the one.
     crashed_inside = len(calls) == 1 and any(part in line for line in top for part in _INSIDE)
     restarted = bool(remains.attempt and remains.host and remains.host == host and remains.boot != boot)
+    how = "was running" if remains.attempt else "was started last"
+    if stack and not remains.attempt and not crashed_inside:
+        # A fault of the GPU shows later than it is made: any of them may have been the one.
+        calls, how = remains.listed[-MOST_SUSPECTS:], "had been made"
     for call in calls:
-        if crashed_inside:
-            evidence = "\n".join(["the process died in this call", *stack[:8]])
-        elif restarted:
-            evidence = "the machine went down while this call was running"
+        if crashed_inside or restarted:
+            why = "the process died in this call" if crashed_inside else "the machine went down while this call ran"
+            verdict = Verdict("crash", evidence="\n".join([why, *stack[:8]]))
+            store.put(call.machine, call.spec, call.label, call.strategy, verdict)
         else:
-            how = "was started last" if not remains.attempt else "was running"
-            store.suspect(
-                call.machine, call.spec, call.label, call.strategy,
-                "\n".join([f"this call {how} when its process disappeared", *stack[:8]]),
-            )  # fmt: skip
-            continue
-        verdict = Verdict("crash", evidence=evidence)
-        store.put(call.machine, call.spec, call.label, call.strategy, verdict)
+            why = f"this call {how} when its process disappeared"
+            store.suspect(call.machine, call.spec, call.label, call.strategy, "\n".join([why, *stack[:8]]))
 
 
 def settle(store: Store, folder: Path) -> list[Remains]:

@@ -20,6 +20,8 @@ from rocm_patch.trust.progress import Limits, Patience
 
 # How far up a thread's stack the convolution may lie: fault injection and torch's own frames come first.
 _DEPTH = 8
+# A GPU may have minutes of other work before it: the limit is this many times longer where nothing is certain.
+_LENIENT = 3
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,14 @@ class Hang:
         why: how long, and without what.
         stack: the Python stack of the thread, innermost call last.
         is_certain: whether the call itself was seen not to return.
+        is_gpus: whether it is the GPU that stands still, so that any call before may have been the one.
     """
 
     number: int
     why: str
     stack: str
     is_certain: bool
+    is_gpus: bool = False
 
 
 class Watchdog:
@@ -156,7 +160,7 @@ class Watchdog:
     def _look_at_gpu(self) -> None:
         """Once no convolution has been started for half the limit, ask the GPU whether it has done the last one.
 
-        The answer is waited for as long as the limit says; work that was queued later does not matter to it.
+        The answer is waited for three times the limit; work that was queued later does not matter to it.
         """
         count, number = self._started()
         if count != self._count:
@@ -168,13 +172,14 @@ class Watchdog:
         if self._probe is None:
             if self._still.lost(waits_for_gpu=True):
                 self._probe = self._gpu()
-                self._still = None if self._probe is None else Patience(self._limits, os.getpid())
+                lenient = Limits(self._limits.still * _LENIENT, self._limits.busy * _LENIENT)
+                self._still = None if self._probe is None else Patience(lenient, os.getpid())
         elif self._probe():
             self._still = self._probe = None  # done: nothing more to ask until the next convolution
         elif (why := self._still.lost(waits_for_gpu=True)) is not None:
             self._still = self._probe = None
             main = sys._current_frames().get(threading.main_thread().ident or 0)
-            self._on_hang(Hang(number, f"the GPU has not finished what was queued: {why}", _stack(main), False))
+            self._on_hang(Hang(number, f"the GPU has not finished what was queued: {why}", _stack(main), False, True))
 
 
 def _stack(frame: FrameType | None) -> str:

@@ -21,6 +21,7 @@ from rocm_patch.settings import LOGGER
 from rocm_patch.trust import progress
 from rocm_patch.trust.journal import EXIT_HUNG, LAUNCH_VARIABLE, RESTART_VARIABLE, Journal
 from rocm_patch.trust.progress import Limits
+from rocm_patch.trust.remains import MOST_SUSPECTS
 from rocm_patch.trust.store import Verdict
 from rocm_patch.trust.verdicts import Verdicts
 from rocm_patch.trust.watchdog import Hang, Watchdog
@@ -178,23 +179,29 @@ class Witness:
         pairs = self._pairs.get(hang.number, ()) if hang.number else (self._in_flight,)
         known = [pair for pair in pairs if pair is not None]
         evidence = "\n".join(part for part in (hang.why, hang.stack) if part)
-        for spec, strategy in known:
-            if hang.is_certain:
+        # Ranks wait for each other: a GPU that stands still, or takes no more work, may wait for another rank's.
+        # An unproven call has the GPU to itself.
+        has_ranks = self._environ.get("WORLD_SIZE", "1") not in ("", "0", "1")
+        is_certain = hang.is_certain and (not hang.number or not has_ranks)
+        suspects = known
+        if hang.is_gpus and not has_ranks:
+            made = (pair for pairs in list(self._pairs.values()) for pair in pairs)
+            suspects = list(dict.fromkeys(made))[-MOST_SUSPECTS:]
+        for spec, strategy in suspects:
+            if is_certain:
                 self._verdicts.enter(spec, strategy, Verdict("hang", evidence=evidence))
             else:
                 self._verdicts.suspect(spec, strategy, evidence)
         if not hang.number:
             self._reported = self._in_flight
         names = "; ".join(f"{strategy} of {spec}" for spec, strategy in known)
-        what = "a convolution hangs" if hang.is_certain else "the GPU stands still; the last convolution was"
+        what = "a convolution hangs" if is_certain else "the GPU stands still; the last convolution was"
         LOGGER.error(
             "%s: %s\n%s\nhint: end this program and start it again as `rocm-patch run --conv bypass ...`, or use "
             "`rocm-patch run --restart ...`, which does so by itself",
             what, names, evidence,
         )  # fmt: skip
-        # Ranks wait for each other: a GPU that stands still may wait for another rank's.
-        waits_for_others = not hang.is_certain and self._environ.get("WORLD_SIZE", "1") not in ("", "0", "1")
-        if not waits_for_others and self.ask_for_restart(f"hang: {names}"):
+        if (is_certain or not has_ranks) and self.ask_for_restart(f"hang: {names}"):
             _flush()
             os._exit(EXIT_HUNG)
 
