@@ -15,8 +15,10 @@ import rocm_patch
 from conftest import clean_environ
 from rocm_patch.conv import IM2COL, NATIVE
 from rocm_patch.conv.cases import CASES
+from rocm_patch.dispatch import Dispatcher
 from rocm_patch.errors import NothingWorksError
 from rocm_patch.overrides.aten import ACTIVE
+from rocm_patch.routes import Routes
 from rocm_patch.trust.choose import Chooser
 from rocm_patch.trust.fingerprint import Fingerprint
 from rocm_patch.trust.guard import GIVE_UP, THOROUGH, Guard
@@ -222,6 +224,28 @@ def test_our_own_strategy_is_guarded_where_it_has_to_be(watched):
     wrong = lambda: IM2COL.run(SPEC, image, weight, 1 << 30) * 1.1  # noqa: E731
     verdict, result = watched.first_call(SPEC, IM2COL, wrong, image, weight)
     assert verdict.kind == "wrong" and result is None
+
+
+def test_under_bypass_on_an_amd_card_ours_are_proven_one_by_one(watched):
+    """What happens there, on the CPU: forward with its bias, both gradients, then a product that turns out wrong."""
+    geometry = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+    dispatcher = Dispatcher(Routes(Chooser("bypass"), watched))
+    x, w, b = torch.randn(2, 3, 9, 9), torch.randn(4, 3, 3, 3), torch.randn(4)
+    exact = [t.requires_grad_() for t in (x.double(), w.double(), b.double())]
+    right_out = F.conv2d(*exact, padding=1)
+    right_out.sum().backward()
+    for _ in range(2):
+        out = dispatcher.convolution(x, w, b, *geometry)
+        grads = dispatcher.convolution_backward(torch.ones_like(out), x, w, [4], *geometry, [True, True, True])
+        for ours, right_one in zip((out, *grads), (right_out, *(t.grad for t in exact)), strict=True):
+            assert (ours - right_one).norm() <= 1e-5 * right_one.norm()
+    routes = dispatcher.routes.taken()
+    assert len(routes) == 3 and all(route.proven and route.number and route.calls == 2 for route in routes)
+    kept = watched.verdicts.store.rows()
+    assert {(row.strategy, row.verdict.kind, row.verdict.calls) for row in kept} == {("im2col", "ok", 1)}
+    watched.convict(routes[0].spec, IM2COL, "wrong", "it lied")
+    with pytest.raises(NothingWorksError, match="im2col gave wrong values: it lied"):
+        Dispatcher(Routes(Chooser("bypass"), watched)).convolution(x, w, b, *geometry)
 
 
 # The override on the CPU ------------------------------------------------------------------------------------------
