@@ -21,7 +21,8 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready check
 	rm -rf .outcomes
-	$(VENV)/bin/python -m pytest $(PARALLEL)
+	$(VENV)/bin/python -m pytest $(PARALLEL) -m "not alone"
+	$(VENV)/bin/python -m pytest -m alone
 ifeq ($(HAS_LEGACY),True)
 	$(MAKE) test-torch113
 endif
@@ -29,7 +30,8 @@ endif
 
 .PHONY: test-torch113
 test-torch113: $(LEGACY_VENV)/ready
-	$(LEGACY_VENV)/bin/python -m pytest $(PARALLEL)
+	$(LEGACY_VENV)/bin/python -m pytest $(PARALLEL) -m "not alone"
+	$(LEGACY_VENV)/bin/python -m pytest -m alone
 
 check: $(VENV)/ready
 	$(VENV)/bin/ruff check .

@@ -80,4 +80,4 @@ def pytest_sessionfinish(session):
 
     folder = ROOT / ".outcomes"
     folder.mkdir(exist_ok=True)
-    (folder / f"torch-{torch.__version__}.json").write_text(json.dumps(_outcomes))
+    (folder / f"torch-{torch.__version__}-{os.getpid()}.json").write_text(json.dumps(_outcomes))

@@ -89,6 +89,7 @@ def test_installed_beside_an_older_environment_and_uninstalled_again(wheel, tmp_
     assert files_below(environment) == files
 
 
+@pytest.mark.alone
 def test_without_torch_and_without_a_gpu_everything_answers_within_a_second(wheel, tmp_path):
     environment = tmp_path / "env"
     venv.create(environment, with_pip=True)

@@ -158,11 +158,13 @@ def test_counting_taking_back_and_clearing(folder):
     assert store.hard(MACHINE, "native") == 2 and other.hard(MACHINE, "im2col") == 1 == store.hard(
         elsewhere, "native"
     )
-    assert other.forget(MACHINE, "a", "native") and get(store, "a") is None and store.hard(MACHINE, "native") == 1
-    assert put(other, "a") and get(store, "a").kind == "ok"
+    assert other.forget(MACHINE, "a", "native") and store.hard(MACHINE, "native") == 1
+    # What a process has seen for itself stays true for it, whatever others take back.
+    assert get(Store(folder), "a") is None and get(store, "a").kind == "crash"
+    assert put(other, "a") and get(Store(folder), "a").kind == "ok"
     assert store.clear(elsewhere) == 2 and other.rows(elsewhere) == [] and len(other.rows()) == 6
     assert store.clear(only_bad=True) == 4 and specs(other) == specs(store) == {"a", "d"}
-    assert other.clear() == 2 and store.rows() == [] and get(store, "a") is None
+    assert other.clear() == 2 and store.rows() == [] and get(Store(folder), "a") is None
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(MACHINE)])
@@ -528,21 +530,26 @@ def hammered(tmp_path, mode, processes, seconds, wait=2.0):
     return report
 
 
+@pytest.mark.alone
 def test_64_processes_killed_at_random_for_a_minute(tmp_path):
     report = hammered(tmp_path, "plain", 64, 60)
-    assert report["set_aside"] == 0 and report["checks"] == report["kills"] // 200 > 0, report
+    # The last kills, of up to 64 survivors, are followed by the check that `hammered` looks at.
+    assert report["set_aside"] == 0 and report["checks"] >= (report["kills"] - 64) // 200 > 0, report
 
 
+@pytest.mark.alone
 def test_the_same_with_the_folder_deleted_underneath(tmp_path):
     assert hammered(tmp_path, "deleted", 16, 8)["troubles"] > 3
 
 
+@pytest.mark.alone
 def test_the_same_with_the_disk_full(tmp_path):
     report = hammered(tmp_path, "full", 16, 8)
     assert report["troubles"] > 1 and report["unsaved"] > 0 and report["set_aside"] == 0, report
     assert any("full" in text for text in report["warnings"]), report
 
 
+@pytest.mark.alone
 def test_the_same_with_the_folder_made_read_only(tmp_path):
     report = hammered(tmp_path, "readonly", 16, 8)
     assert report["troubles"] > 1 and report["unsaved"] > 0 and report["set_aside"] == 0, report
