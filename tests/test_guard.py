@@ -5,7 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -287,6 +290,47 @@ def test_the_callers_errors_stay_the_callers():
     with pytest.raises(RuntimeError, match="expected input"):
         F.conv2d(torch.randn(1, 2, 5, 5), torch.randn(3, 4, 3, 3))
     assert ACTIVE["CPU"].routes.taken() == []
+
+
+def test_threads_that_meet_the_same_error_convict_native_alone(monkeypatch):
+    monkeypatch.setenv("ROCM_PATCH_FAULT", "error:forward")
+    x, w = torch.randn(2, 3, 16, 16), torch.randn(4, 3, 3, 3)
+    exact = F.conv2d(x, w)
+    rocm_patch.enable_miopen_bypass(backend="cpu", strategy="guarded")
+    start = threading.Barrier(6)
+
+    def work(_):
+        start.wait()
+        return F.conv2d(x, w)
+
+    with ThreadPoolExecutor(6) as pool:
+        assert all(torch.allclose(out, exact, atol=1e-5) for out in pool.map(work, range(6)))
+    kept = Store(Path(os.environ["ROCM_PATCH_CACHE_DIR"])).rows()
+    assert [(row.strategy, row.verdict.kind) for row in kept] == [("native", "error")]
+
+
+def test_a_fault_that_was_there_before_is_not_the_convolutions(watched, monkeypatch):
+    """An assertion of an earlier kernel shows at the first synchronisation."""
+
+    def shows(tensor):
+        raise RuntimeError("HIP error: device-side assert triggered")
+
+    monkeypatch.setattr("rocm_patch.trust.guard._synchronize", shows)
+    dispatcher = Dispatcher(Routes(Chooser("guarded"), watched))
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        dispatcher.convolution(*operands(), None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+    assert watched.verdicts.store.rows() == []
+
+
+def test_a_result_that_cannot_be_compared_is_handed_on(watched, monkeypatch):
+    def fails(*arguments):
+        raise RuntimeError("HIP out of memory. Tried to allocate 8.00 MiB")
+
+    monkeypatch.setattr("rocm_patch.trust.reference.judge", fails)
+    image, weight = operands()
+    verdict, result = watched.first_call(SPEC, NATIVE, lambda: right(image, weight), image, weight)
+    assert verdict.calls == 0 and torch.equal(result, right(image, weight))
+    assert watched.verdicts.store.rows() == []
 
 
 def test_a_failed_pair_of_gradients_is_taken_apart(monkeypatch):

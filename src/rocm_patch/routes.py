@@ -16,7 +16,7 @@ from rocm_patch.conv.strategy import workspace_budget
 from rocm_patch.settings import LOGGER
 from rocm_patch.trust.choose import Chooser
 from rocm_patch.trust.fault import Fault
-from rocm_patch.trust.guard import Guard, is_capturing
+from rocm_patch.trust.guard import Guard, is_capturing, is_earlier_fault
 from rocm_patch.trust.native_errors import blame
 from rocm_patch.trust.store import Verdict
 
@@ -123,26 +123,28 @@ class Routes:
         route.calls += 1
         witness = self._witness
         while True:
+            # Another thread may move the route on while this one is in the call.
+            strategy, is_proven = route.strategy, route.proven
             run: Callable[[], Any] = by_native
-            if route.strategy is not NATIVE:
+            if strategy is not NATIVE:
                 run = partial(route.run, first, second, bias)
             elif self.fault is not None:
                 run = partial(self.fault.around, route.spec.direction, by_native)
             try:
-                if route.proven:
+                if is_proven:
                     witness.count += 1
                     witness.slots[0] = route.number
                     return run()  # type: ignore[no-any-return]
                 if is_capturing(first):
                     return self._without_proof(route, run, first, second, bias)
-                verdict, result = self.guard.first_call(route.spec, route.strategy, run, first, second, bias)
+                verdict, result = self.guard.first_call(route.spec, strategy, run, first, second, bias)
             except RuntimeError as error:
-                verdict, result = self._after(error, route, first, second, bias)
+                verdict, result = self._after(error, route, strategy, is_proven, first, second, bias)
             if result is not None:
-                if verdict.calls:
+                if verdict.calls and route.strategy is strategy:
                     self._prove(route)
                 return result
-            self._reroute(route, verdict)
+            self._reroute(route, strategy, verdict)
 
     def natives_at_once(self, routes: Sequence[Route | None], run: Callable[[], Any]) -> Any:
         """Both gradients in one native call, as aten does it; None where each has to be computed alone.
@@ -184,27 +186,34 @@ class Routes:
         return Route(route.spec, strategy, why, route.memory_format).run(*operands)
 
     def _after(
-        self, error: RuntimeError, route: Route, first: torch.Tensor, second: torch.Tensor, bias: torch.Tensor | None
+        self,
+        error: RuntimeError,
+        route: Route,
+        failed: Strategy,
+        was_proven: bool,
+        first: torch.Tensor,
+        second: torch.Tensor,
+        bias: torch.Tensor | None,
     ) -> tuple[Verdict, torch.Tensor | None]:
         """The verdict on a strategy that raised; raises what is not its fault, or cannot be mended here."""
         culprit = blame(error)
         if culprit == "device":
-            if not route.proven:
+            if not was_proven and not is_earlier_fault(error):
                 # The device was synchronised before this call, so the fault is its own.
-                self.guard.convict(route.spec, route.strategy, "crash", str(error))
+                self.guard.convict(route.spec, failed, "crash", str(error))
             raise self._explained(error, route)
         if culprit == "caller" or self.chooser.policy == "native":
             raise error
         result = None
         if culprit == "memory":
-            if route.strategy is not NATIVE:
+            if failed is not NATIVE:
                 raise error
             # Too little memory is native's fault only where something else does with it.
             strategy, why = self.chooser.bypass(route.spec, "native ran out of memory")
             result = Route(route.spec, strategy, why, route.memory_format).run(first, second, bias)
-        verdict = self.guard.convict(route.spec, route.strategy, "error", str(error).strip())
+        verdict = self.guard.convict(route.spec, failed, "error", str(error).strip())
         if result is not None:
-            self._reroute(route, verdict)
+            self._reroute(route, failed, verdict)
         return verdict, result
 
     def _explained(self, error: RuntimeError, *routes: Route) -> RuntimeError:
@@ -226,14 +235,15 @@ class Routes:
         route.number = self.guard.number((route.spec, route.strategy))
         route.proven = True
 
-    def _reroute(self, route: Route, verdict: Verdict) -> None:
-        """The next best strategy serves this spec from here on."""
-        failed = route.strategy.name
+    def _reroute(self, route: Route, failed: Strategy, verdict: Verdict) -> None:
+        """The next best strategy serves this spec from here on; another thread may have seen to that."""
+        if route.strategy is not failed:
+            return
         route.strategy, route.why = self.chooser.choose(route.spec)
         LOGGER.warning(
             "%s convolution %s\n%s is served by %s from here on\n"
             "hint: rocm-patch cache show says what is known; ROCM_PATCH_CONV=bypass saves the attempt",
-            failed, verdict, route.spec, route.strategy.name,
+            failed.name, verdict, route.spec, route.strategy.name,
         )  # fmt: skip
         self._judge_anew(route)
 

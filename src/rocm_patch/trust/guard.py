@@ -37,6 +37,8 @@ GIVE_UP = 3
 _UNKNOWN_RUNS = 3
 # Seconds without a new convolution after which the sandbox is let go: it holds memory of the GPU.
 _SANDBOX_IDLE = 20.0
+# Marks an error that showed before the convolution began.
+_EARLIER = "_rocm_patch_earlier"
 
 
 class Guard:
@@ -117,13 +119,19 @@ class Guard:
             RuntimeError: whatever `run` raises; nothing has been entered then.
         """
         with self._lock, self.witness.away():
+            known = self.verdicts.of(spec, strategy.name)
+            if known is not None and known.is_bad:  # another thread has just tried it
+                return known, None
             tried = self._from_sandbox(spec, strategy)
             if tried is not None and tried.is_bad:
                 return tried, None
             result, seconds = self._run(spec, strategy, run, first)
             # Ours get the tolerance of native too: the program may have allowed its matrix products less precision.
             rtol = max(strategy.rtol[spec.dtype], NATIVE.rtol[spec.dtype])
-            judged = reference.judge(spec, first, second, result, rtol, bias)
+            try:
+                judged = reference.judge(spec, first, second, result, rtol, bias)
+            except RuntimeError as error:  # no memory left to compare with, for one: that is not the strategy's fault
+                return self._put_off(spec, strategy, f"could not be compared: {error}"), result
             if judged.kind == "unknown":
                 return self._put_off(spec, strategy, judged.detail), result
             if judged.kind == "ok":
@@ -145,7 +153,11 @@ class Guard:
         self, spec: ConvSpec, strategy: Strategy, run: Callable[[], torch.Tensor], operand: torch.Tensor
     ) -> tuple[torch.Tensor, float]:
         """The call between two synchronisations, so that no earlier kernel's fault is put down to it."""
-        _synchronize(operand)
+        try:
+            _synchronize(operand)
+        except RuntimeError as error:
+            setattr(error, _EARLIER, True)
+            raise
         with self.witness.attempt(spec, strategy.name) as now_waiting:
             start = time.perf_counter()
             result = run()
@@ -216,6 +228,11 @@ class Guard:
 def _synchronize(tensor: torch.Tensor) -> None:
     if tensor.is_cuda:
         torch.cuda.synchronize(tensor.device)
+
+
+def is_earlier_fault(error: RuntimeError) -> bool:
+    """Whether a failed call of the GPU's runtime showed before the convolution began."""
+    return bool(getattr(error, _EARLIER, False))
 
 
 def is_capturing(tensor: torch.Tensor) -> bool:

@@ -28,6 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rocm_patch.machine import sysfs
+from rocm_patch.settings import LOGGER
 from rocm_patch.trust.fingerprint import Fingerprint
 
 if sys.platform != "win32":
@@ -177,9 +178,16 @@ class Journal:
             self._sync()
 
     def _sync(self) -> None:
-        # A mapping's pages count as the file's; flush() alone need not write the file's other pages.
-        self._map.flush()
-        os.fsync(self._file)
+        try:
+            # A mapping's pages count as the file's; flush() alone need not write the file's other pages.
+            self._map.flush()
+            os.fsync(self._file)
+        except OSError as error:  # a disk that fails is no reason for the convolution to
+            LOGGER.warning(
+                "%s: %s; a crash of the machine will not be remembered\nhint: set ROCM_PATCH_CACHE_DIR",
+                self.path,
+                error,
+            )
 
     def close(self) -> None:
         """A clean end: nothing is left behind."""

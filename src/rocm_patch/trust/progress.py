@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rocm_patch.machine import sysfs
 from rocm_patch.machine.folders import home_of
 
 # Processes that comgr, MIOpen, hipcc and Triton start to compile.
@@ -103,13 +104,11 @@ def _cpu_seconds_and_page_reads(pid: int) -> tuple[float, int]:
         process = todo.pop()
         try:
             stat = Path(f"/proc/{process}/stat").read_text(encoding="ascii", errors="replace")
-            children = [
-                int(child)
-                for task in Path(f"/proc/{process}/task").iterdir()
-                for child in (task / "children").read_text(encoding="ascii").split()
-            ]
+            tasks = list(Path(f"/proc/{process}/task").iterdir())
         except OSError:  # it has ended
             continue
+        # A thread may end meanwhile, and not every kernel lists children.
+        children = [int(child) for task in tasks for child in sysfs.text(task / "children").split()]
         name, _, rest = stat.partition("(")[2].rpartition(")")
         todo += children
         fields = rest.split()

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FrameType
 
+from rocm_patch.settings import LOGGER
 from rocm_patch.trust.progress import Limits, Patience
 
 # How far up a thread's stack the convolution may lie: fault injection and torch's own frames come first.
@@ -114,15 +115,21 @@ class Watchdog:
 
     def _run(self) -> None:
         while not self._stop.wait(self._tick):
-            guarded = self._guarded
-            if guarded is not None:
-                self._look_at_guarded(*guarded)
-            elif self._away:
-                self._proven = self._still = self._probe = None
-            else:
-                self._look_at_threads()
-                self._look_at_gpu()
-                self._on_idle()
+            try:
+                self._look()
+            except RuntimeError as error:  # of a GPU whose context is lost: the program hears of it by itself
+                LOGGER.debug("the watchdog cannot look: %s", error)
+
+    def _look(self) -> None:
+        guarded = self._guarded
+        if guarded is not None:
+            self._look_at_guarded(*guarded)
+        elif self._away:
+            self._proven = self._still = self._probe = None
+        else:
+            self._look_at_threads()
+            self._look_at_gpu()
+            self._on_idle()
 
     def _look_at_guarded(self, thread: int, patience: Patience) -> None:
         why = patience.lost(waits_for_gpu=self._waits)

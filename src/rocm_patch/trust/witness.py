@@ -145,6 +145,10 @@ class Witness:
 
     def _open(self) -> Journal | None:
         """The journal and the watchdog of this process, made at the first need."""
+        with self._lock:
+            return self._opened()
+
+    def _opened(self) -> Journal | None:
         if self._journal is None and self._folder is not None:
             try:
                 self._journal = Journal(self._folder, self._environ.get(LAUNCH_VARIABLE, ""))
@@ -181,7 +185,7 @@ class Witness:
         evidence = "\n".join(part for part in (hang.why, hang.stack) if part)
         # Ranks wait for each other: a GPU that stands still, or takes no more work, may wait for another rank's.
         # An unproven call has the GPU to itself.
-        has_ranks = self._environ.get("WORLD_SIZE", "1") not in ("", "0", "1")
+        has_ranks = self._environ.get("WORLD_SIZE", "1") not in ("", "0", "1") or _is_distributed()
         is_certain = hang.is_certain and (not hang.number or not has_ranks)
         suspects = known
         if hang.is_gpus and not has_ranks:
@@ -214,6 +218,11 @@ class Witness:
         self._pairs, self.slots = {}, [0, 0]
         for listener in self.on_fork:
             listener()
+
+
+def _is_distributed() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def _flush() -> None:
