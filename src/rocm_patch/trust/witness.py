@@ -111,15 +111,18 @@ class Witness:
             yield lambda: None
             return
         self._in_flight = (spec, strategy)
-        with journal.attempt(self._verdicts.call(spec, strategy)):
-            watchdog.begin()
-            try:
-                yield watchdog.waits_for_gpu
-            finally:
-                watchdog.end()
-        if self._reported == (spec, strategy):
-            LOGGER.warning("%s of %s has come back after all: it was slow, and does not hang", strategy, spec)
-            self._verdicts.withdraw(spec, strategy)
+        try:
+            with journal.attempt(self._verdicts.call(spec, strategy)):
+                watchdog.begin()
+                try:
+                    yield watchdog.waits_for_gpu
+                finally:
+                    watchdog.end()
+        finally:
+            if self._reported == (spec, strategy):
+                LOGGER.warning("%s of %s has come back after all: it was slow, and does not hang", strategy, spec)
+                self._verdicts.withdraw(spec, strategy)
+                self._reported = None
 
     def ask_for_restart(self, why: str) -> bool:
         """Tell `rocm-patch run --restart`, if that is what runs this program; False if not."""
