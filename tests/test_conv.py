@@ -1,13 +1,10 @@
 """Every strategy against float64, in all three directions."""
 
-import dataclasses
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from rocm_patch.conv import NATIVE, STRATEGIES
 from rocm_patch.conv.cases import CASES, Case
@@ -39,6 +36,7 @@ def tensors(case, dtype, channels_last=False):
     out.backward(grad.double())
     if channels_last:
         image, grad = (t.contiguous(memory_format=LAST[t.dim()]) for t in (image, grad))
+    image, weight = image.detach(), weight.detach()
     operands = {"forward": (image, weight), "grad_input": (grad, weight), "grad_weight": (image, grad)}
     exact = {"forward": out.detach(), "grad_input": exact_image.grad, "grad_weight": exact_weight.grad}
     return operands, exact
@@ -69,59 +67,6 @@ def test_strategies_agree_with_float64(case, dtype):
                     assert error <= strategy.rtol[name], (strategy.name, str(spec), budget, error)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: s.name)
-def test_a_single_product_error_stays_below_the_summation_bound(strategy):
-    """|error| <= u * K * sum|a||b| holds for any order of summation (Higham 2002, section 3.1)."""
-    for case in CASES:
-        operands, exact = tensors(case, torch.float32)
-        for direction in DIRECTIONS:
-            spec = case.spec(direction)
-            if strategy.rejects(spec):
-                continue
-            result = strategy.run(spec, *operands[direction], 1 << 30)
-            magnitude = strategy.run(
-                dataclasses.replace(spec, dtype="float64"),
-                *(t.double().abs() for t in operands[direction]),
-                1 << 30,
-            )
-            bound = 2.0**-24 * (spec.summed_length + 2) * magnitude + 1e-30
-            assert ((result.double() - exact[direction]).abs() <= bound).all(), str(spec)
-
-
-sizes = st.integers(1, 9)
-
-
-@st.composite
-def cases(draw):
-    dims = draw(st.integers(1, 3))
-    groups = draw(st.sampled_from((1, 1, 2, 3)))
-    kernel = [draw(st.integers(1, 4)) for _ in range(dims)]
-    stride = [draw(st.integers(1, 3)) for _ in range(dims)]
-    dilation = [draw(st.integers(1, 3)) for _ in range(dims)]
-    padding = [draw(st.integers(0, 3)) for _ in range(dims)]
-    spatial = [max(draw(sizes), d * (k - 1) + 1 - 2 * p) for k, d, p in zip(kernel, dilation, padding, strict=True)]
-    batch, channels, filters = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(1, 4))
-    return Case(
-        "drawn", (batch, channels * groups, *spatial), (filters * groups, channels, *kernel),
-        tuple(stride), tuple(padding), tuple(dilation), groups,
-    )  # fmt: skip
-
-
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(case=cases(), channels_last=st.booleans(), budget=st.sampled_from(BUDGETS))
-def test_strategies_agree_with_float64_on_drawn_shapes(case, channels_last, budget):
-    channels_last = channels_last and len(case.image) > 3
-    operands, exact = tensors(case, torch.float32, channels_last)
-    for direction in DIRECTIONS:
-        spec = case.spec(direction, channels_last=channels_last)
-        for strategy in STRATEGIES:
-            if strategy.rejects(spec) is None:
-                result = strategy.run(spec, *operands[direction], budget)
-                assert result.shape == spec.result
-                scale = exact[direction].norm().clamp_min(1e-3)
-                assert (result.double() - exact[direction]).norm() <= 2e-5 * scale
-
-
 def test_the_last_strategy_rejects_nothing():
     for case in CASES:
         for direction in DIRECTIONS:
@@ -147,8 +92,10 @@ def test_inputs_may_be_views_and_expanded():
     grad = torch.ones(1, dtype=torch.float64).expand(case.spec(FORWARD).grad)
     x, w = image.clone().requires_grad_(), weight.clone().requires_grad_()
     F.conv2d(x, w, padding=1).backward(grad)
-    for strategy in STRATEGIES[1:]:
+    for strategy in STRATEGIES:
         spec = case.spec(FORWARD, "float64")
+        if strategy.rejects(spec) is not None:
+            continue
         assert torch.allclose(strategy.run(spec, image, weight, 1 << 30), F.conv2d(image, weight, padding=1))
         spec = case.spec(GRAD_INPUT, "float64")
         assert torch.allclose(strategy.run(spec, grad, weight, 1 << 30), x.grad)
@@ -164,7 +111,12 @@ def test_no_result_depends_on_uninitialised_memory(monkeypatch):
         result = original(*args, **kwargs)
         return result.fill_(math.nan) if result.is_floating_point() else result
 
+    def poisoned_like(self, *args, **kwargs):
+        return new_empty(self, *args, **kwargs).fill_(math.nan)
+
+    new_empty = torch.Tensor.new_empty
     monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned_like)
     for case in CASES:
         operands, exact = tensors(case, torch.float32)
         for direction in DIRECTIONS:
@@ -172,7 +124,7 @@ def test_no_result_depends_on_uninitialised_memory(monkeypatch):
                 spec = case.spec(direction)
                 if strategy.rejects(spec) is None:
                     result = strategy.run(spec, *operands[direction], 1)
-                    assert relative_error(result, exact[direction]) <= 2e-5
+                    assert relative_error(result, exact[direction]) <= strategy.rtol["float32"]
 
 
 def test_output_size_is_pytorchs():

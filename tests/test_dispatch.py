@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import rocm_patch
 from rocm_patch.conv.cases import CASES
 from rocm_patch.dispatch import Dispatcher
+from rocm_patch.errors import UsageError
 from rocm_patch.overrides import guarding
 from rocm_patch.overrides.aten import ACTIVE
 from rocm_patch.routes import Routes
@@ -184,12 +185,27 @@ def test_autocast_casts_as_without_us(override):
         assert F.conv2d(x, w).dtype == torch.bfloat16
 
 
-def test_large_layers_are_cut_into_chunks(monkeypatch):
-    monkeypatch.setattr("rocm_patch.routes.workspace_budget", lambda device: 10_000)
+def test_the_workspace_is_what_was_asked_for(monkeypatch):
+    monkeypatch.setenv("ROCM_PATCH_WORKSPACE", "10K")
     native, ours = run_both(
         lambda x, w, b: F.conv2d(x, w, b, padding=1), *map(torch.randn, [(4, 8, 16, 16), (8, 8, 3, 3), (8,)])
     )
     assert_same(native, ours)
+    assert {route.budget for route in ACTIVE["CPU"].routes.taken()} == {10 << 10}
+    assert rocm_patch.enable_miopen_bypass(backend="cpu", workspace="0.5M")
+    F.conv2d(torch.randn(1, 2, 8, 8), torch.randn(2, 2, 3, 3))
+    assert {route.budget for route in ACTIVE["CPU"].routes.taken()} == {512 << 10}
+    for bad in ("much", "-3", "0"):
+        with pytest.raises(UsageError, match=r"(?s)(not a size|is none).*hint: give bytes"):
+            rocm_patch.enable_miopen_bypass(backend="cpu", workspace=bad)
+
+
+def test_exact_leaves_winograd_out():
+    x, w = torch.randn(8, 64, 40, 40), torch.randn(64, 64, 3, 3)
+    for exact, served in ((None, "winograd_f43"), (True, "im2col")):
+        assert rocm_patch.enable_miopen_bypass(backend="cpu", exact=exact)
+        F.conv2d(x, w, padding=1)
+        assert [route.strategy.name for route in ACTIVE["CPU"].routes.taken()] == [served]
 
 
 def test_the_route_table_is_bounded(monkeypatch):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 import rocm_patch
 from conftest import clean_environ
-from rocm_patch.conv import IM2COL, NATIVE
+from rocm_patch.conv import IM2COL, NATIVE, STRATEGIES, TAPS
 from rocm_patch.conv.cases import CASES
 from rocm_patch.dispatch import Dispatcher
 from rocm_patch.errors import NothingWorksError
@@ -211,11 +211,13 @@ def test_a_suspicion_with_evidence_becomes_a_verdict(tmp_path):
 
 def test_a_bad_verdict_takes_the_next_strategy_and_the_last_one_says_what_to_do():
     bad = {"native": Verdict("hang"), "pointwise": Verdict("wrong")}
-    spec = CASES[0].spec("forward")  # one tap: three ways
+    spec = CASES[0].spec("forward")  # one tap: four ways
     chooser = Chooser("guarded", verdict=lambda spec, name: bad.get(name))
     strategy, why = chooser.choose(spec)
     assert strategy is IM2COL and "native hung" in why and "pointwise gave wrong" in why
     bad["im2col"] = Verdict("crash")
+    assert chooser.choose(spec).strategy is TAPS  # slower, but it works
+    bad["taps"] = Verdict("error")
     with pytest.raises(NothingWorksError, match=r"(?s)no way is left.*hint: rocm-patch doctor"):
         chooser.choose(spec)
 
@@ -246,7 +248,9 @@ def test_under_bypass_on_an_amd_card_ours_are_proven_one_by_one(watched):
     assert len(routes) == 3 and all(route.proven and route.number and route.calls == 2 for route in routes)
     kept = watched.verdicts.store.rows()
     assert {(row.strategy, row.verdict.kind, row.verdict.calls) for row in kept} == {("im2col", "ok", 1)}
-    watched.convict(routes[0].spec, IM2COL, "wrong", "it lied")
+    for strategy in STRATEGIES:
+        if strategy.rejects(routes[0].spec) is None:
+            watched.convict(routes[0].spec, strategy, "wrong", "it lied")
     with pytest.raises(NothingWorksError, match="im2col gave wrong values: it lied"):
         Dispatcher(Routes(Chooser("bypass"), watched)).convolution(x, w, b, *geometry)
 

@@ -145,6 +145,8 @@ def enable_miopen_bypass(
     *,
     backend: str | None = None,
     size_threshold: int = 42,
+    workspace: int | str | None = None,
+    exact: bool | None = None,
 ) -> Entry:
     """Serve convolutions without MIOpen where this machine needs it. Imports torch.
 
@@ -154,6 +156,9 @@ def enable_miopen_bypass(
         verbose: say once per convolution which route served it.
         backend: `hip`, `cuda` or `cpu` switches the override on there whatever the machine is.
         size_threshold: for SELECTIVE, the longest side that native convolutions are trusted with.
+        workspace: memory that one convolution may take beyond its operands and result, in bytes or as `512M`; the
+            default is the smaller of 1 GiB and a tenth of the device's memory.
+        exact: leave out Winograd's algorithms, which round more than a matrix product.
 
     Returns:
         The patch's entry: true if it is in force, with the reason.
@@ -162,7 +167,9 @@ def enable_miopen_bypass(
         TorchMissingError: torch cannot be imported.
         UsageError: unknown strategy or backend.
     """
-    settings = settings_module.from_environ().replaced(backend=backend)
+    settings = settings_module.from_environ().replaced(
+        backend=backend, exact=exact, workspace=None if workspace is None else settings_module.parse_bytes(workspace)
+    )
     _need_torch("bypass MIOpen")
     from rocm_patch.overrides import aten
 
@@ -185,6 +192,8 @@ def enable_all_patches(
     start_method: str | None = None,
     profile: str | None = None,
     verbose: bool | None = None,
+    workspace: int | str | None = None,
+    exact: bool | None = None,
 ) -> Status:
     """Apply all patches in the order that works: start method, environment, torch, loaders, convolutions.
 
@@ -195,6 +204,8 @@ def enable_all_patches(
         start_method: how worker processes start; `spawn` by default.
         profile: see `setup_environment`.
         verbose: say once per convolution which route served it.
+        workspace: see `enable_miopen_bypass`.
+        exact: likewise.
 
     Returns:
         One entry per patch (applied or not, and why): a mapping that prints as a table.
@@ -203,8 +214,9 @@ def enable_all_patches(
         UsageError: an argument that rocm-patch does not know; nothing has been applied then.
     """
     settings = settings_module.from_environ().replaced(
-        backend=backend, conv=conv, start_method=start_method, profile=profile
-    )
+        backend=backend, conv=conv, start_method=start_method, profile=profile, exact=exact,
+        workspace=None if workspace is None else settings_module.parse_bytes(workspace),
+    )  # fmt: skip
     if not settings.enabled:
         return _refused(_OFF)
     if sys.modules.get("torch") is None and importlib.util.find_spec("torch") is None:
@@ -214,7 +226,13 @@ def enable_all_patches(
     setup_multiprocessing(settings.start_method)
     setup_environment(settings.profile)
     patch_dataloader(settings.start_method)
-    enable_miopen_bypass(miopen_strategy or settings.conv, verbose, backend=settings.backend)
+    enable_miopen_bypass(
+        miopen_strategy or settings.conv,
+        verbose,
+        backend=settings.backend,
+        workspace=settings.workspace,
+        exact=settings.exact,
+    )
     return patch_status()
 
 

@@ -108,11 +108,16 @@ class Dispatcher:
         grads = self.routes.natives_at_once(asked, partial(by_native, *output_mask))
         if grads is not None:
             return grads  # type: ignore[no-any-return]
+        factors = (input, weight)
+        if input.is_complex():
+            factors = (input.conj().resolve_conj(), weight.conj().resolve_conj())
         input_grad = weight_grad = bias_grad = None
         if of_input is not None:
-            input_grad = self.routes.serve(of_input, lambda: by_native(True, False, False)[0], grad_output, weight)
+            input_grad = self.routes.serve(
+                of_input, lambda: by_native(True, False, False)[0], grad_output, factors[1]
+            )
         if of_weight is not None:
-            image, grad = (grad_output, input) if transposed else (input, grad_output)
+            image, grad = (grad_output, factors[0]) if transposed else (factors[0], grad_output)
             weight_grad = self.routes.serve(of_weight, lambda: by_native(False, True, False)[1], image, grad)
         if output_mask[2]:
             bias_grad = grad_output.sum([0, *range(2, grad_output.dim())])

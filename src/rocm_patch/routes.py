@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 
 from rocm_patch.conv import NATIVE, Strategy
-from rocm_patch.conv.call import memory_format
 from rocm_patch.conv.spec import ConvSpec
-from rocm_patch.conv.strategy import workspace_budget
+from rocm_patch.conv.strategy import memory_format, workspace_budget
 from rocm_patch.settings import LOGGER
 from rocm_patch.trust.choose import Chooser
 from rocm_patch.trust.fault import Fault
@@ -33,6 +32,7 @@ class Route:
         strategy: what serves it.
         why: the reason for the strategy.
         memory_format: that of the result.
+        budget: bytes of workspace.
         calls: how many calls took this route.
         proven: whether the strategy runs without the guard's ado.
         number: what the guard calls it, for the record of what was started last.
@@ -42,9 +42,15 @@ class Route:
     strategy: Strategy
     why: str
     memory_format: torch.memory_format
+    budget: int
     calls: int = 0
     proven: bool = True
     number: int = 0
+    _strides: tuple[int, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # Those of dimensions of size 1 too: compiled graphs assert them.
+        self._strides = torch.empty(self.spec.result, device="meta", memory_format=self.memory_format).stride()
 
     def run(self, first: torch.Tensor, second: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """The strategy's result in aten's memory format; operands as `Strategy.run` takes them, bias (K,)."""
@@ -54,10 +60,12 @@ class Route:
         before = torch._C._dispatch_tls_is_dispatch_key_excluded(key)
         torch._C._dispatch_tls_set_dispatch_key_excluded(key, True)
         try:
-            result = self.strategy.run(self.spec, first, second, workspace_budget(first.device))
+            result = self.strategy.run(self.spec, first, second, self.budget)
         finally:
             torch._C._dispatch_tls_set_dispatch_key_excluded(key, before)
-        result = result.contiguous(memory_format=self.memory_format)
+        if result.stride() != self._strides:
+            result = result.contiguous(memory_format=self.memory_format)
+            result = result.as_strided(result.shape, self._strides)
         if bias is not None:
             result.add_(bias.view(-1, *[1] * (first.dim() - 2)))
         return result
@@ -78,6 +86,8 @@ class Routes:
         guard: watches over strategies that are unproven here.
         fault: what goes wrong on purpose in native calls.
         on_spec: called with every new spec.
+        workspace: bytes that one convolution may take beyond its operands and result; None for the default,
+            `workspace_budget`.
     """
 
     def __init__(
@@ -86,8 +96,10 @@ class Routes:
         guard: Guard,
         fault: Fault | None = None,
         on_spec: Callable[[ConvSpec], None] | None = None,
+        workspace: int | None = None,
     ) -> None:
         self.chooser = chooser
+        self._workspace = workspace
         chooser.verdict = guard.verdicts.of
         self.guard, self.fault, self._on_spec = guard, fault, on_spec
         self._witness = guard.witness
@@ -107,9 +119,13 @@ class Routes:
             LOGGER.info("%s -> %s (%s)", spec, strategy.name, why)
             if self._on_spec is not None:
                 self._on_spec(spec)
-            route = remember(self._routes, spec, Route(spec, strategy, why, memory_format(spec)))
+            route = remember(self._routes, spec, self._route(spec, strategy, why))
             self._judge_anew(route)
         return route
+
+    def _route(self, spec: ConvSpec, strategy: Strategy, why: str) -> Route:
+        budget = workspace_budget(torch.device(spec.device)) if self._workspace is None else self._workspace
+        return Route(spec, strategy, why, memory_format(spec), budget)
 
     def serve(
         self,
@@ -183,7 +199,7 @@ class Routes:
             return run()  # type: ignore[no-any-return]
         strategy, why = self.chooser.bypass(route.spec, "unproven, and a CUDA graph is being captured")
         LOGGER.info("%s -> %s for this graph (%s)", route.spec, strategy.name, why)
-        return Route(route.spec, strategy, why, route.memory_format).run(*operands)
+        return self._route(route.spec, strategy, why).run(*operands)
 
     def _after(
         self,
@@ -210,7 +226,7 @@ class Routes:
                 raise error
             # Too little memory is native's fault only where something else does with it.
             strategy, why = self.chooser.bypass(route.spec, "native ran out of memory")
-            result = Route(route.spec, strategy, why, route.memory_format).run(first, second, bias)
+            result = self._route(route.spec, strategy, why).run(first, second, bias)
         verdict = self.guard.convict(route.spec, failed, "error", str(error).strip())
         if result is not None:
             self._reroute(route, failed, verdict)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,10 +21,17 @@ LOGGER = logging.getLogger("rocm_patch")
 
 BACKENDS = ("auto", "hip", "cuda", "cpu")
 POLICIES = ("bypass", "guarded", "native")
-STRATEGY_NAMES = ("pointwise", "im2col")  # equals the names in conv.STRATEGIES; a test holds the two together
+# The names in conv.STRATEGIES; a test holds the two together.
+STRATEGY_NAMES = ("pointwise", "winograd_f43", "winograd_f23", "depthwise", "grouped", "taps", "im2col")
 START_METHODS = ("spawn", "forkserver", "fork")
 PROFILES = ("auto", "document", "none")
 LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+_WORKSPACE_HINT = (
+    "give bytes, or a number with K, M or G: ROCM_PATCH_WORKSPACE=512M, --workspace 512M, workspace='512M'"
+)
+_OFF = ("0", "off", "false", "no")
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,9 @@ class Settings:
         profile: which environment plan applies: `auto` (by the card found), `document` (the four variables
             of `docs/PATCHES_V1.1_SUMMARY.md` on any card) or `none`.
         sysfs_root: a folder that stands for `/` when hardware is read.
+        workspace: bytes that one convolution may take beyond its operands and result; None for the smaller of 1 GiB
+            and a tenth of the device's memory.
+        exact: leave out algorithms whose error is larger than that of matrix products: Winograd's.
         fault: `kind:direction[:after=N]`, a failure put into native convolutions; for tests and demonstrations.
         hang_limit: seconds without progress after which a convolution counts as hung.
         busy_limit: seconds in all after which it does, though it takes processor time or compiles.
@@ -50,6 +61,8 @@ class Settings:
     start_method: str | None = None
     profile: str = "auto"
     sysfs_root: str = "/"
+    workspace: int | None = None
+    exact: bool = False
     fault: str | None = None
     hang_limit: float = 60.0
     busy_limit: float = 1200.0
@@ -68,6 +81,8 @@ class Settings:
                     f"{field.replace('_', ' ')} {value:g} is not a time to wait for",
                     f"give seconds, {variable(field)}=60",
                 )
+        if self.workspace is not None and self.workspace < 1:
+            raise UsageError(f"a workspace of {self.workspace} bytes is none", _WORKSPACE_HINT)
 
     def replaced(self, **asked: Any) -> Settings:
         """These settings with every argument that is not None put in; raises `UsageError` on an unknown value."""
@@ -95,14 +110,30 @@ def from_environ(environ: Mapping[str, str] | None = None) -> Settings:
         UsageError: a variable holds a value that rocm-patch does not know.
     """
     given = os.environ if environ is None else environ
-    asked: dict[str, Any] = {"enabled": given.get("ROCM_PATCH", "1").lower() not in ("0", "off", "false", "no")}
+    asked: dict[str, Any] = {"enabled": given.get("ROCM_PATCH", "1").lower() not in _OFF}
     for field in dataclasses.fields(Settings):
         value = given.get(variable(field.name))
         if field.name in ("hang_limit", "busy_limit") and value:
             asked[field.name] = _seconds(field.name, value)
+        elif field.name == "workspace" and value:
+            asked[field.name] = parse_bytes(value)
+        elif field.name == "exact":
+            asked[field.name] = (value or "0").lower() not in _OFF
         elif field.name != "enabled" and value:
             asked[field.name] = value if field.name in ("sysfs_root", "fault") else value.lower()
     return Settings(**asked)
+
+
+def parse_bytes(text: str | int) -> int:
+    """A number of bytes from `512M`, `2GiB`, `1048576` or an int; K, M and G are powers of 1024.
+
+    Raises:
+        UsageError: the text is no such number.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([kmg]?)(?:i?b)?", str(text).strip().lower())
+    if found is None:
+        raise UsageError(f"{text!r} is not a size", _WORKSPACE_HINT)
+    return int(float(found[1]) * 1024 ** " kmg".index(found[2] or " "))
 
 
 def _seconds(field: str, value: str) -> float:

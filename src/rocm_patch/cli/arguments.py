@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from rocm_patch.launch.run import Target
 
 # The options of `run` that take a value; a test holds this list to the command's own.
-VALUE_OPTIONS = ("--backend", "--conv", "--start-method", "--profile", "--log", "--unset", "--hang-limit")
+VALUE_OPTIONS = (
+    "--backend", "--conv", "--start-method", "--profile", "--log", "--unset", "--hang-limit", "--workspace",
+)  # fmt: skip
 
 
 def split_run(arguments: Sequence[str]) -> tuple[list[str], Target | None]:

@@ -18,7 +18,16 @@ from rocm_patch.cli import cache, proving
 from rocm_patch.cli.arguments import split_run
 from rocm_patch.errors import RocmPatchError
 from rocm_patch.launch.run import BrokenScriptError, Target
-from rocm_patch.settings import BACKENDS, LOG_LEVELS, POLICIES, PROFILES, START_METHODS, STRATEGY_NAMES, from_environ
+from rocm_patch.settings import (
+    BACKENDS,
+    LOG_LEVELS,
+    POLICIES,
+    PROFILES,
+    START_METHODS,
+    STRATEGY_NAMES,
+    from_environ,
+    parse_bytes,
+)
 
 app = typer.Typer(
     name="rocm-patch",
@@ -77,6 +86,12 @@ def run(
     hang_limit: Annotated[
         str, typer.Option(metavar="SECONDS", help="Without progress for so long a convolution counts as hung.")
     ] = "",
+    workspace: Annotated[
+        str, typer.Option(metavar="SIZE", help="Memory that one convolution may take beside its tensors: 512M, 2G.")
+    ] = "",
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Leave out Winograd's algorithms, which round more than a matrix product.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No line about what is on.")] = False,
 ) -> None:
     """Run a program patched, with nothing to edit in it; it exits with its own code."""
@@ -94,6 +109,8 @@ def run(
         start_method=start_method or None,
         profile=profile or None,
         log=log or None,
+        workspace=parse_bytes(workspace) if workspace else None,
+        exact=exact or None,
     )
     launch = launcher.prepare(target, settings, os.environ, unset)
     for notice in launch.notices:

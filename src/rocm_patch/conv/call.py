@@ -19,7 +19,9 @@ from rocm_patch.conv.spec import (
     transposed_output_size,
 )
 
-_SERVED_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+_SERVED_DTYPES = {
+    torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128,
+}  # fmt: skip
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -145,8 +147,3 @@ def _channels_last(input: torch.Tensor, weight: torch.Tensor, geometry: Geometry
         if not cudnn_enabled():
             return False
     return any(tensor.is_contiguous(memory_format=last) and not tensor.is_contiguous() for tensor in (input, weight))
-
-
-def memory_format(spec: ConvSpec) -> torch.memory_format:
-    """The memory format that `spec.channels_last` stands for."""
-    return _CHANNELS_LAST[len(spec.image)] if spec.channels_last else torch.contiguous_format

@@ -12,9 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from rocm_patch.conv.spec import FORWARD, GRAD_INPUT, ConvSpec, transposed_output_size
+from rocm_patch.conv.spec import FORWARD, GRAD_INPUT, ConvSpec, output_size, transposed_output_size
 from rocm_patch.conv.strategy import Strategy
+from rocm_patch.conv.windows import at
 
 _CONVOLUTION = torch.ops.aten._convolution.default
 _CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
@@ -35,6 +37,7 @@ cudnn_enabled: Callable[[], bool] = inspect.unwrap(torch._C._get_cudnn_enabled)
 # F(6x6,3x3) in half types can exceed the bounds. MIOpen's driver allows 8.2e-3 (float16) and 6.56e-2 (bfloat16) of
 # the largest value, root mean square, and twice that for grad_weight (https://github.com/ROCm/MIOpen/pull/308).
 NATIVE_RTOL = {"float64": 1e-10, "float32": 2e-2 if torch.version.cuda else 5e-3, "float16": 3e-2, "bfloat16": 1e-1}
+NATIVE_RTOL |= {"complex128": NATIVE_RTOL["float64"], "complex64": NATIVE_RTOL["float32"]}
 
 
 def convolution(*args: Any) -> torch.Tensor:
@@ -62,12 +65,18 @@ def _one_direction(spec: ConvSpec, first: torch.Tensor, second: torch.Tensor) ->
     geometry = [list(spec.stride), list(spec.padding), list(spec.dilation)]
     zeros = [0] * len(spec.kernel)
     flags = (False, False, cudnn_enabled(), torch._C._get_cudnn_allow_tf32())
+    # Less than the output of the plain operation, where this is a derivative of one with output_padding.
+    most = output_size(spec.spatial, spec.kernel, spec.stride, spec.padding, spec.dilation)
+    beyond = [size - wanted for size, wanted in zip(most, spec.out, strict=True)]
     if spec.direction == FORWARD:
-        return convolution(first, second, None, *geometry, False, zeros, spec.groups, *flags)
+        result = convolution(first, second, None, *geometry, False, zeros, spec.groups, *flags)
+        return at(result, *map(slice, spec.out)) if any(beyond) else result
     if spec.direction == GRAD_INPUT:
         covered = transposed_output_size(spec.out, spec.kernel, spec.stride, spec.padding, spec.dilation, zeros)
         extra = [size - reached for size, reached in zip(spec.spatial, covered, strict=True)]
         return convolution(first, second, None, *geometry, True, extra, spec.groups, *flags)
+    if any(beyond):
+        second = F.pad(second, [amount for extra in reversed(beyond) for amount in (0, extra)])
     weight = first.new_empty(spec.weight)
     grads = convolution_backward(
         second, first, weight, None, *geometry, False, zeros, spec.groups, [False, True, False]
@@ -80,9 +89,13 @@ def _rejects(spec: ConvSpec) -> str | None:
     return None
 
 
+def _slow_for(spec: ConvSpec) -> str | None:
+    return None
+
+
 def _workspace_bytes(spec: ConvSpec, budget: int) -> int:
     # The vendor library decides; torch gives no way to ask beforehand.
     return 0
 
 
-NATIVE = Strategy("native", _rejects, _run, _workspace_bytes, NATIVE_RTOL)
+NATIVE = Strategy("native", _rejects, _slow_for, _run, _workspace_bytes, NATIVE_RTOL)

@@ -6,13 +6,9 @@ import math
 
 import torch
 
-from rocm_patch.conv.spec import FORWARD, GRAD_INPUT, ConvSpec
-from rocm_patch.conv.strategy import GEMM_RTOL, Strategy
-
-
-def channels_to_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """(N, C, *spatial) as a matrix (N * prod(spatial), C); a view where the memory is channels_last."""
-    return tensor.movedim(1, -1).reshape(-1, tensor.shape[1])
+from rocm_patch.conv.spec import FORWARD, GRAD_INPUT, GRAD_WEIGHT, ConvSpec
+from rocm_patch.conv.strategy import GEMM_RTOL, SMALL_MAP, Strategy, channels_to_rows, empty_result, sum_dtype
+from rocm_patch.conv.windows import boxes, largest_box
 
 
 def _strided(spec: ConvSpec, image: torch.Tensor) -> torch.Tensor:
@@ -39,17 +35,39 @@ def _run(spec: ConvSpec, first: torch.Tensor, second: torch.Tensor, budget: int)
         reached = _product(spec, second.reshape(spec.weight[:2]).t(), first)
         if spec.out == spec.spatial:
             return reached
-        memory_format = torch.contiguous_format
-        if spec.channels_last:
-            memory_format = torch.channels_last if len(spec.kernel) == 2 else torch.channels_last_3d
-        result = torch.zeros(spec.image, dtype=first.dtype, device=first.device).contiguous(
-            memory_format=memory_format
-        )
+        result = empty_result(spec, first).zero_()
         _strided(spec, result).copy_(reached)
         return result
-    grad = channels_to_rows(second)  # (N * L, K)
-    image = channels_to_rows(_strided(spec, first))  # (N * L, C)
-    return (grad.t() @ image).view(spec.weight)
+    return _grad_weight(spec, _strided(spec, first), second, budget)
+
+
+def _grad_weight(spec: ConvSpec, image: torch.Tensor, grad: torch.Tensor, budget: int) -> torch.Tensor:
+    """grad (N, K, *out) times image (N, C, *out), summed over samples and positions."""
+    if spec.channels_last:
+        return (channels_to_rows(grad).t() @ channels_to_rows(image)).view(spec.weight)
+    one_gemm = _is_small_map(spec)
+    total: torch.Tensor | None = None
+    for samples, *_ in boxes((spec.batch,), _sample_elements(spec), budget, spec.itemsize):
+        if one_gemm:
+            piece = channels_to_rows(grad[samples]).t() @ channels_to_rows(image[samples])
+        else:
+            products = torch.bmm(grad[samples].flatten(2), image[samples].flatten(2).transpose(1, 2))  # (n, K, C)
+            piece = products.sum(0, dtype=sum_dtype(products))
+        total = piece.to(sum_dtype(piece)) if total is None else total.add_(piece)
+    assert total is not None  # a spec has at least one sample
+    return total.to(image.dtype).view(spec.weight)
+
+
+def _is_small_map(spec: ConvSpec) -> bool:
+    return math.prod(spec.out) < SMALL_MAP
+
+
+def _sample_elements(spec: ConvSpec) -> int:
+    """Workspace of one sample in grad_weight."""
+    positions = math.prod(spec.out)
+    if _is_small_map(spec):
+        return (spec.weight[0] + spec.weight[1]) * positions
+    return spec.weight[0] * spec.weight[1] + (spec.weight[0] + spec.weight[1]) * positions
 
 
 def _rejects(spec: ConvSpec) -> str | None:
@@ -62,10 +80,20 @@ def _rejects(spec: ConvSpec) -> str | None:
     return None
 
 
+def _slow_for(spec: ConvSpec) -> str | None:
+    return None
+
+
 def _workspace_bytes(spec: ConvSpec, budget: int) -> int:
-    # At most one copy of each operand in the layout that the product needs.
-    operands = math.prod(spec.out) * spec.batch * (spec.weight[0] + spec.weight[1]) * spec.itemsize
-    return operands
+    weight = math.prod(spec.weight)
+    if spec.direction == GRAD_WEIGHT:
+        if spec.channels_last:
+            return math.prod(spec.out) * spec.batch * (spec.weight[0] + spec.weight[1]) * spec.itemsize
+        samples = largest_box((spec.batch,), _sample_elements(spec), budget, spec.itemsize)[0]
+        return (samples * _sample_elements(spec) + 4 * weight) * spec.itemsize
+    # What the stride skips is copied out of the image, or the product is copied into its places.
+    copied = math.prod(spec.out) * spec.batch * max(spec.weight[:2])
+    return (copied + weight) * spec.itemsize
 
 
-POINTWISE = Strategy("pointwise", _rejects, _run, _workspace_bytes, GEMM_RTOL)
+POINTWISE = Strategy("pointwise", _rejects, _slow_for, _run, _workspace_bytes, GEMM_RTOL)

@@ -87,7 +87,7 @@ class ConvSpec:
     @property
     def itemsize(self) -> int:
         """Bytes per element."""
-        return {"float64": 8, "float32": 4}.get(self.dtype, 2)
+        return {"complex128": 16, "complex64": 8, "float64": 8, "float32": 4}.get(self.dtype, 2)
 
     @property
     def summed_length(self) -> int:

@@ -19,27 +19,63 @@ class Strategy:
     Attributes:
         name: its name for ever: stored verdicts and settings use it.
         rejects: the reason why a spec cannot be computed this way, or None.
+        slow_for: the reason why a later entry of `STRATEGIES` is likely to be faster for a spec, or None.
         run: computes `spec.result` from the two other tensors, in the order image, grad, weight of those
             that are given: (image, weight) forward, (grad, weight) for grad_input, (image, grad) for
             grad_weight. Tensors may be non-contiguous. The result has `spec.result`'s shape and dtype; its
             memory format is the strategy's affair.
-        workspace_bytes: memory beyond inputs and result that `run` takes, given a budget in bytes.
+        workspace_bytes: memory beyond inputs and result that `run` takes at most, given a budget in bytes, the
+            BLAS library's own workspace aside. A large call is cut into pieces that fit the budget; what cannot
+            be cut (a layout's copy of the weight, one output position's column) is taken beyond it.
         rtol: bound on the relative error against float64, ||computed - exact|| / ||exact|| (Frobenius),
             per element type.
+        is_approximate: whether its error is larger than that of sums of products (`exact=True` leaves it out).
     """
 
     name: str
     rejects: Callable[[ConvSpec], str | None]
+    slow_for: Callable[[ConvSpec], str | None]
     run: Callable[[ConvSpec, torch.Tensor, torch.Tensor, int], torch.Tensor]
     workspace_bytes: Callable[[ConvSpec, int], int]
     rtol: Mapping[str, float]
+    is_approximate: bool = False
 
 
 # Bound for algorithms that sum products as a GEMM does: the error of a sum of K products is at most
 # K * u * sum|a||b| and for random signs grows as sqrt(K) * u (Higham, Accuracy and Stability of Numerical
 # Algorithms, 2nd ed., section 4.2). Half types accumulate in float32, so what is left is the rounding of the
 # result and of the partial sums that are stored, a few u. Checked in tests/test_conv.py.
-GEMM_RTOL = {"float64": 1e-13, "float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
+GEMM_RTOL = {
+    "float64": 1e-13, "float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2, "complex128": 1e-13, "complex64": 2e-5,
+}  # fmt: skip
+
+
+# Below so many output positions a GEMM per sample is too small to fill a GPU: all samples go into one, at the price
+# of a transpose. ResNet-50's layers on an H200: at 14x14 and 7x7 one GEMM is faster, at 28x28 and above one per
+# sample.
+SMALL_MAP = 256
+
+
+def sum_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The type in which sums of several products are kept: float32 for half types."""
+    return torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
+
+
+def memory_format(spec: ConvSpec) -> torch.memory_format:
+    """The memory format that `spec.channels_last` stands for."""
+    if not spec.channels_last:
+        return torch.contiguous_format
+    return torch.channels_last if len(spec.kernel) == 2 else torch.channels_last_3d
+
+
+def empty_result(spec: ConvSpec, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Memory for a spec's result, in its memory format."""
+    return torch.empty(spec.result, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format(spec))
+
+
+def channels_to_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """(N, C, *spatial) as a matrix (N * prod(spatial), C); a view where the memory is channels_last."""
+    return tensor.movedim(1, -1).reshape(-1, tensor.shape[1])
 
 
 @cache

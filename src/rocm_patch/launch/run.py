@@ -218,6 +218,10 @@ def _hand_over(settings: Settings, child: dict[str, str], *, has_rocm_patch: boo
         value = getattr(settings, field)
         if value is not None:
             child[variable(field)] = value
+    if settings.workspace is not None:
+        child[variable("workspace")] = str(settings.workspace)
+    if settings.exact:
+        child[variable("exact")] = "1"
     child[LAUNCHED] = "1"
     package = Path(__file__).resolve().parents[1]
     if not has_rocm_patch:

@@ -34,21 +34,24 @@ def install(activation: Activation, settings: Settings, native_up_to: int | None
 
     Args:
         activation: where and under which policy.
-        settings: of these, `fault`, the limits and where hardware is read.
+        settings: of these, `fault`, `workspace`, `exact`, the limits and where hardware is read.
         native_up_to: see `Chooser.native_up_to`.
     """
     key = activation.dispatch_key
     if key is None:
         return LEDGER.refuse(PATCH, activation.why)
-    arguments = (activation, native_up_to, settings.fault, settings.hang_limit, settings.busy_limit)
-    chooser = Chooser(activation.policy, activation.strategy, native_up_to, activation.bypass_dtypes)
+    arguments = (
+        activation, native_up_to, settings.fault, settings.hang_limit, settings.busy_limit, settings.workspace,
+        settings.exact,
+    )  # fmt: skip
+    chooser = Chooser(activation.policy, activation.strategy, native_up_to, activation.bypass_dtypes, settings.exact)
     injected = fault.parse(settings.fault)
     with LEDGER.lock:
         before = LEDGER.already(PATCH, arguments)
         if before is not None:
             return before
         guard = guarding.guard_for(chooser, settings)
-        dispatcher = Dispatcher(Routes(chooser, guard, injected, guarding.recorder(os.environ)))
+        dispatcher = Dispatcher(Routes(chooser, guard, injected, guarding.recorder(os.environ), settings.workspace))
         try:
             libraries = _registered(key, dispatcher)
         except RuntimeError as error:

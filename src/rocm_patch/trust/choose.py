@@ -36,6 +36,7 @@ class Chooser:
         preferred: a strategy's name to use wherever it accepts the spec.
         native_up_to: under `bypass`, images whose largest side is at most this go to native, as `guarded`
             would (the original's SELECTIVE strategy).
+        exact: leave out algorithms whose error is larger than a matrix product's (Winograd's).
         bypass_dtypes: under `guarded`, types that native is known to crash for on this machine.
         verdict: what is known of a spec and a strategy on this machine.
     """
@@ -44,6 +45,7 @@ class Chooser:
     preferred: str | None = None
     native_up_to: int | None = None
     bypass_dtypes: tuple[str, ...] = ()
+    exact: bool = False
     verdict: Callable[[ConvSpec, str], Verdict | None] = field(default=_nothing_known, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -86,9 +88,7 @@ class Chooser:
             NothingWorksError: as `choose`.
         """
         failed: list[str] = []
-        for strategy in sorted(STRATEGIES, key=lambda strategy: strategy.name != self.preferred):
-            if strategy.rejects(spec) is not None:
-                continue
+        for strategy in self._ranked(spec):
             known = self.verdict(spec, strategy.name)
             if known is None or not known.is_bad:
                 return Choice(strategy, "; ".join([why, *failed]))
@@ -97,3 +97,12 @@ class Chooser:
             f"no way is left to compute the convolution {spec}: {'; '.join([why, *failed])}",
             "rocm-patch doctor says what this torch build can run; rocm-patch cache clear has all of it tried again",
         )
+
+    def _ranked(self, spec: ConvSpec) -> list[Strategy]:
+        """Those that accept a spec: the user's first, then those that are fast for it, then the rest."""
+        accepted = [
+            strategy
+            for strategy in STRATEGIES
+            if strategy.rejects(spec) is None and not (self.exact and strategy.is_approximate)
+        ]
+        return sorted(accepted, key=lambda s: (s.name != self.preferred, s.slow_for(spec) is not None))

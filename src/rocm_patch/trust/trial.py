@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from rocm_patch.conv import IM2COL, NATIVE, STRATEGIES, Strategy
+from rocm_patch import settings
+from rocm_patch.conv import GROUPED, IM2COL, NATIVE, STRATEGIES, Strategy
 from rocm_patch.conv.spec import FORWARD, GRAD_INPUT, ConvSpec
 from rocm_patch.conv.strategy import workspace_budget
 from rocm_patch.trust import fault, reference
@@ -109,7 +110,7 @@ def _try(request: Mapping[str, Any], device: str, failure: fault.Fault | None, t
         _synchronize(device)
     except Exception as error:  # noqa: BLE001  (no operands, no trial: whatever it is, it is said in the answer)
         return _Answer("unknown", f"no operands: {_first_line(error)}", lost=_is_lost(error))
-    run = partial(strategy.run, spec, first, second, workspace_budget(first.device))
+    run = partial(strategy.run, spec, first, second, _budget(first.device))
     if failure is not None and strategy is NATIVE:
         run = partial(failure.around, spec.direction, run)
     try:
@@ -194,6 +195,10 @@ def _accuse(
     return _Answer("wrong", f"relative error {error:.2g} over all elements (bound {bound:.2g})", error=error)
 
 
+def _budget(device: torch.device) -> int:
+    return settings.from_environ().workspace or workspace_budget(device)
+
+
 def _exact(spec: ConvSpec, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor | None:
     """The result in float64, on the CPU if it is small enough, else on the device; None where it has no place.
 
@@ -204,15 +209,16 @@ def _exact(spec: ConvSpec, first: torch.Tensor, second: torch.Tensor) -> torch.T
     if products > (_MOST_ON_CPU if device.type == "cpu" else _MOST_ON_GPU):
         return None
     wide = replace(spec, dtype="float64", device=str(device), channels_last=False)
-    budget = workspace_budget(device)
+    budget = _budget(device)
+    strategy = IM2COL if spec.groups == 1 else GROUPED
     result_bytes = 8 * math.prod(spec.result)
     # The result of the trial is made float64 too, and subtracted.
-    needed = _bytes(wide) + 2 * result_bytes + IM2COL.workspace_bytes(wide, budget)
+    needed = _bytes(wide) + 2 * result_bytes + strategy.workspace_bytes(wide, budget)
     if needed > _SHARE * _free(str(device)):
         return None
     try:
         operands = [operand.to(device, torch.float64).contiguous() for operand in (first, second)]
-        return IM2COL.run(wide, operands[0], operands[1], budget)
+        return strategy.run(wide, operands[0], operands[1], budget)
     except RuntimeError as error:
         if blame(error) == "memory":
             return None
