@@ -235,3 +235,44 @@ def test_the_override_needs_nothing_that_windows_lacks():
         "    rocm_patch.disable_all_patches()\n"
     )
     python("-c", code)
+
+
+def test_operators_that_name_miopen_are_served_under_bypass():
+    """On the CPU they have no kernel of their own, so what answers is ours."""
+    x, w, b = torch.randn(2, 4, 7, 6, requires_grad=True), torch.randn(6, 4, 3, 3), torch.randn(6)
+    geometry = ([1, 0], [2, 1], [1, 1], 1)  # padding, stride, dilation, groups
+    plain = natively(lambda: F.conv2d(x, w, b, stride=(2, 1), padding=(1, 0)))
+    aten = torch.ops.aten
+    ours = aten.miopen_convolution(x, w, b, *geometry, False, False)
+    assert torch.allclose(ours, plain, atol=1e-5)
+    assert torch.allclose(*(torch.autograd.grad(out.pow(2).sum(), x)[0] for out in (ours, plain)), atol=1e-3)
+    fused = aten.miopen_convolution_relu(x.detach(), w, b, [2, 1], [1, 0], [1, 1], 1)
+    assert torch.allclose(fused, plain.relu(), atol=1e-5)
+    z = torch.randn_like(plain)
+    added = aten.miopen_convolution_add_relu(x.detach(), w, z, 0.5, b, [2, 1], [1, 0], [1, 1], 1)
+    assert torch.allclose(added, (plain + 0.5 * z).relu(), atol=1e-5)
+    back = aten.miopen_convolution_transpose(plain.detach(), w, None, [1, 0], [0, 0], *geometry[1:], False, False)
+    assert torch.allclose(back, F.conv_transpose2d(plain, w, None, (2, 1), (1, 0)), atol=1e-4)
+    depthwise = torch.randn(4, 1, 3, 3)
+    ours = aten.miopen_depthwise_convolution(x, depthwise, None, *geometry[:3], 4, False, False)
+    assert torch.allclose(ours, F.conv2d(x, depthwise, None, (2, 1), (1, 0), 1, 4), atol=1e-5)
+    rocm_patch.disable_all_patches()
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        torch.ops.aten.miopen_convolution(x, w, b, *geometry, False, False)
+
+
+def test_miopens_batch_norm_is_natives_under_bypass():
+    made = {}
+    for which in ("miopen", "native"):
+        torch.manual_seed(0)
+        x = torch.randn(4, 3, 5, 5, requires_grad=True)
+        weight, bias = torch.rand(3, requires_grad=True), torch.rand(3, requires_grad=True)
+        running = torch.zeros(3), torch.ones(3)
+        if which == "miopen":
+            out = torch.ops.aten.miopen_batch_norm(x, weight, bias, *running, True, 0.1, 1e-5)[0]
+        else:
+            out = F.batch_norm(x, *running, weight, bias, True, 0.1, 1e-5)
+        out.pow(3).sum().backward()
+        made[which] = (out, x.grad, weight.grad, bias.grad, *running)
+    for ours, natives in zip(*made.values(), strict=True):
+        assert torch.allclose(ours, natives, atol=1e-5)

@@ -16,7 +16,7 @@ import torch
 
 from rocm_patch.dispatch import Dispatcher
 from rocm_patch.machine.backend import Activation
-from rocm_patch.overrides import cudnn_flag, guarding
+from rocm_patch.overrides import cudnn_flag, guarding, miopen_operators
 from rocm_patch.overrides.ledger import LEDGER, Entry
 from rocm_patch.routes import Routes
 from rocm_patch.settings import Settings
@@ -24,6 +24,7 @@ from rocm_patch.trust import fault
 from rocm_patch.trust.choose import Chooser
 
 PATCH = "miopen_bypass"
+_WORKSPACE_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 
 # The dispatchers in force, by key; read by reports and by SafeConv2d.
 ACTIVE: dict[str, Dispatcher] = {}
@@ -52,21 +53,30 @@ def install(activation: Activation, settings: Settings, native_up_to: int | None
             return before
         guard = guarding.guard_for(chooser, settings)
         dispatcher = Dispatcher(Routes(chooser, guard, injected, guarding.recorder(os.environ), settings.workspace))
+        # MIOpen's batch norm and RNNs are MIOpen too. Under other policies they are the program's affair.
+        never_native = activation.policy == "bypass" and native_up_to is None
+        kernels: dict[str, Callable[..., Any]] = {
+            "_convolution": dispatcher.convolution,
+            "convolution_backward": dispatcher.convolution_backward,
+        }
+        if never_native:
+            kernels |= miopen_operators.kernels(dispatcher)
         try:
-            libraries = _registered(key, dispatcher)
+            libraries = _registered(key, kernels)
         except RuntimeError as error:
             return LEDGER.refuse(PATCH, f"another package has overridden aten's convolutions: {error}")
         ACTIVE[key] = dispatcher
 
-        # MIOpen's batch norm and RNNs are MIOpen too. Under other policies the flag is the program's affair.
-        never_native = activation.policy == "bypass" and native_up_to is None
         bring_back_flag = cudnn_flag.shield() if never_native else None
+        takes_determinism_back = _allow_deterministic_products() if key == "CUDA" else None
 
         def remove() -> None:
             del ACTIVE[key]
             _destroy(libraries)
             if bring_back_flag is not None:
                 bring_back_flag()
+            if takes_determinism_back is not None:
+                takes_determinism_back()
 
         chosen = activation.strategy or activation.policy
         if native_up_to is not None:
@@ -75,17 +85,33 @@ def install(activation: Activation, settings: Settings, native_up_to: int | None
         return LEDGER.record(PATCH, arguments, entry, remove)
 
 
-def _registered(key: str, dispatcher: Dispatcher) -> list[Any]:
+def _allow_deterministic_products() -> Callable[[], None] | None:
+    """Let matrix products run under `torch.use_deterministic_algorithms(True)`, as convolutions do.
+
+    There torch refuses products on a GPU unless this variable promises a fixed workspace (torch 2 reads it before
+    the first product). A program that has convolutions only need not have set it. The value is one of the two that
+    torch's message names; what the user has set wins.
+
+    Returns:
+        What takes it back, or None where there is nothing to take back.
+    """
+    if _WORKSPACE_VARIABLE in os.environ:
+        return None
+    os.environ[_WORKSPACE_VARIABLE] = ":4096:8"
+
+    def take_back() -> None:
+        os.environ.pop(_WORKSPACE_VARIABLE, None)
+
+    return take_back
+
+
+def _registered(key: str, kernels: dict[str, Callable[..., Any]]) -> list[Any]:
     """One library per operator: destroying it is the only way to take a kernel back."""
-    pair: dict[str, Callable[..., Any]] = {
-        "_convolution": dispatcher.convolution,
-        "convolution_backward": dispatcher.convolution_backward,
-    }
     libraries: list[Any] = []
     with warnings.catch_warnings():
         # aten has a CUDA kernel for convolution_backward; that we replace it is the purpose.
         warnings.filterwarnings("ignore", message="(?s).*[Oo]verrid.*previously registered kernel")
-        for name, function in pair.items():
+        for name, function in kernels.items():
             library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
             libraries.append(library)
             try:
