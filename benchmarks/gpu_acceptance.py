@@ -24,36 +24,12 @@ import torch
 import torch.nn.functional as F
 
 import rocm_patch
-from rocm_patch.conv import STRATEGIES
-from rocm_patch.conv.cases import CASES, Case
-from rocm_patch.conv.spec import DIRECTIONS
-from rocm_patch.conv.strategy import workspace_budget
+from rocm_patch.conv.cases import CASES, LAYERS
 
 ROOT = Path(__file__).resolve().parents[1]
 BACKEND = "hip" if torch.version.hip else "cuda"
 CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-# The 18 layers that convolution speed is judged by: N C H W K kernel stride padding groups.
-LAYERS = {
-    "r50.stem": (32, 3, 224, 224, 64, 7, 2, 3, 1),
-    "r50.1x1a": (32, 64, 56, 56, 256, 1, 1, 0, 1),
-    "r50.3x3a": (32, 64, 56, 56, 64, 3, 1, 1, 1),
-    "r50.3x3b": (32, 128, 28, 28, 128, 3, 1, 1, 1),
-    "r50.3x3bs2": (32, 128, 56, 56, 128, 3, 2, 1, 1),
-    "r50.3x3c": (32, 256, 14, 14, 256, 3, 1, 1, 1),
-    "r50.3x3d": (32, 512, 7, 7, 512, 3, 1, 1, 1),
-    "r50.1x1d": (32, 2048, 7, 7, 512, 1, 1, 0, 1),
-    "yolo.stem": (8, 3, 640, 640, 16, 3, 2, 1, 1),
-    "yolo.c2f": (8, 32, 160, 160, 32, 3, 1, 1, 1),
-    "yolo.p4": (8, 128, 40, 40, 128, 3, 1, 1, 1),
-    "sd.unet64": (2, 320, 64, 64, 320, 3, 1, 1, 1),
-    "sd.unet16": (2, 1280, 16, 16, 1280, 3, 1, 1, 1),
-    "sd.vae256": (1, 256, 256, 256, 256, 3, 1, 1, 1),
-    "sd.vae512": (1, 128, 512, 512, 128, 3, 1, 1, 1),
-    "dw.3x3": (32, 144, 56, 56, 144, 3, 1, 1, 144),
-    "dw.5x5s2": (32, 240, 28, 28, 240, 5, 2, 2, 240),
-    "grp32.3x3": (32, 128, 56, 56, 128, 3, 1, 1, 32),
-}
 
 
 def off() -> None:
@@ -67,35 +43,6 @@ def on() -> None:
 def relative(result: torch.Tensor, exact: torch.Tensor) -> float:
     result, exact = result.double().cpu(), exact.double().cpu()
     return float((result - exact).detach().norm() / exact.detach().norm().clamp_min(1e-300))
-
-
-def check_strategies_against_float64() -> dict[str, Any]:
-    """Every strategy, direction, type and memory format on the device against float64 on the CPU."""
-    worst: dict[str, float] = {}
-    for case in CASES:
-        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-            name = str(dtype).removeprefix("torch.")
-            image, weight = torch.randn(case.image).to(dtype), torch.randn(case.weight).to(dtype)
-            x, w = image.double().requires_grad_(), weight.double().requires_grad_()
-            out = CONVS[len(case.stride)](x, w, None, case.stride, case.padding, case.dilation, case.groups)
-            grad = torch.randn(out.shape).to(dtype)
-            out.backward(grad.double())
-            exact = {"forward": out.detach(), "grad_input": x.grad, "grad_weight": w.grad}
-            for last in (False, True) if len(case.image) > 3 else (False,):
-                move = {"memory_format": LAST[len(case.image)]} if last else {}
-                a, g, b = image.cuda().contiguous(**move), grad.cuda().contiguous(**move), weight.cuda()
-                operands = {"forward": (a, b), "grad_input": (g, b), "grad_weight": (a, g)}
-                for direction in DIRECTIONS:
-                    spec = case.spec(direction, name, "cuda:0", last)
-                    for strategy in STRATEGIES:
-                        if strategy.rejects(spec) is None:
-                            for budget in (1 << 30, 4000):
-                                result = strategy.run(spec, *operands[direction], budget)
-                                error = relative(result, exact[direction])
-                                key = f"{strategy.name} {direction} {name}"
-                                worst[key] = max(worst.get(key, 0.0), error)
-                                assert error <= strategy.rtol[name], (strategy.name, str(spec), error)
-    return {"worst_relative_error": worst}
 
 
 def check_strides_equal_natives() -> dict[str, Any]:
@@ -296,39 +243,6 @@ def check_no_copy_to_the_host() -> dict[str, Any]:
     return {"cases": len(CASES), "matrix_products_seen": kernels, "copies": copies}
 
 
-def check_workspace() -> dict[str, Any]:
-    """Peak memory of each strategy beyond inputs and result, as a share of what `workspace_bytes` states."""
-    rows = {}
-    budget = workspace_budget(torch.device("cuda"))
-    for name, (n, c, h, w, k, r, s, p, g) in LAYERS.items():
-        case = Case(name, (n, c, h, w), (k, c // g, r, r), (s, s), (p, p), (1, 1), g)
-        for direction in DIRECTIONS:
-            spec = case.spec(direction, "float32", "cuda:0")
-            shapes = {"image": spec.image, "grad": spec.grad, "weight": spec.weight}
-            needs = {
-                "forward": ("image", "weight"),
-                "grad_input": ("grad", "weight"),
-                "grad_weight": ("image", "grad"),
-            }
-            operands = [torch.randn(shapes[one], device="cuda") for one in needs[direction]]
-            for strategy in STRATEGIES:
-                if strategy.rejects(spec):
-                    continue
-                strategy.run(spec, *operands, budget)
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-                result = strategy.run(spec, *operands, budget)
-                torch.cuda.synchronize()
-                used = torch.cuda.max_memory_allocated() - before - result.numel() * result.element_size()
-                stated = strategy.workspace_bytes(spec, budget)
-                rows[f"{name} {direction} {strategy.name}"] = {"used_mib": used / 2**20, "stated_mib": stated / 2**20}
-                del result
-    over = {key: row for key, row in rows.items() if row["used_mib"] > row["stated_mib"] * 1.05 + 2}
-    assert not over, over
-    return {"rows": rows, "beyond_what_is_stated": over}
-
-
 def check_machinery() -> dict[str, Any]:
     """No dispatcher warning; traced, compiled, autocast and GradScaler training reach the override."""
     quiet = run_script("-W", "ignore::DeprecationWarning", "-c", (
@@ -419,13 +333,14 @@ def measure_layers() -> dict[str, Any]:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     rows: dict[str, Any] = {}
     for dtype in (torch.float32, torch.float16):
-        for name, (n, c, h, w, k, r, s, p, g) in LAYERS.items():
-            x = torch.randn(n, c, h, w, device="cuda", dtype=dtype, requires_grad=True)
-            weight = torch.randn(k, c // g, r, r, device="cuda", dtype=dtype, requires_grad=True)
-            grad = torch.randn_like(F.conv2d(x, weight, None, s, p, 1, g))
+        for case in LAYERS:
+            x = torch.randn(case.image, device="cuda", dtype=dtype, requires_grad=True)
+            weight = torch.randn(case.weight, device="cuda", dtype=dtype, requires_grad=True)
+            call = (None, case.stride, case.padding, case.dilation, case.groups)
+            grad = torch.randn_like(F.conv2d(x, weight, *call))
 
-            def step(x=x, weight=weight, grad=grad, s=s, p=p, g=g) -> None:
-                torch.autograd.grad(F.conv2d(x, weight, None, s, p, 1, g), (x, weight), grad)
+            def step(x=x, weight=weight, grad=grad, call=call) -> None:
+                torch.autograd.grad(F.conv2d(x, weight, *call), (x, weight), grad)
 
             row = {}
             off()
@@ -436,7 +351,7 @@ def measure_layers() -> dict[str, Any]:
             on()
             row["ours_ms"] = milliseconds(step)
             off()
-            rows[f"{str(dtype).removeprefix('torch.')} {name}"] = row
+            rows[f"{str(dtype).removeprefix('torch.')} {case.why}"] = row
     means = {}
     for dtype in ("float32", "float16"):
         chosen = [row for key, row in rows.items() if key.startswith(dtype)]

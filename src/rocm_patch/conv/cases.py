@@ -1,4 +1,4 @@
-"""Convolutions that tests, verification and benchmarks share: small, and each here for a reason."""
+"""Convolutions that tests, verification and benchmarks share: small ones, each for a reason, and real layers."""
 
 from __future__ import annotations
 
@@ -51,4 +51,27 @@ CASES: tuple[Case, ...] = (
     Case("3-d", (2, 3, 6, 7, 5), (4, 3, 3, 2, 3), (1, 1, 1), (1, 0, 1), (1, 1, 1)),
     Case("3-d strided, dilated, grouped", (2, 4, 9, 8, 7), (6, 2, 3, 3, 2), (2, 1, 2), (1, 2, 0), (1, 2, 1), 2),
     Case("3-d one tap with stride", (2, 3, 4, 5, 6), (4, 3, 1, 1, 1), (2, 1, 2), (0, 0, 0), (1, 1, 1)),
+)
+
+# The layers that convolution speed is judged by: of ResNet-50 at batch 32, YOLOv8n at 8, Stable Diffusion's UNet and
+# VAE, two depthwise ones and one of ResNeXt. `why` is their name.
+LAYERS: tuple[Case, ...] = (
+    Case("r50.stem", (32, 3, 224, 224), (64, 3, 7, 7), (2, 2), (3, 3), (1, 1)),
+    Case("r50.1x1a", (32, 64, 56, 56), (256, 64, 1, 1), (1, 1), (0, 0), (1, 1)),
+    Case("r50.3x3a", (32, 64, 56, 56), (64, 64, 3, 3), (1, 1), (1, 1), (1, 1)),
+    Case("r50.3x3b", (32, 128, 28, 28), (128, 128, 3, 3), (1, 1), (1, 1), (1, 1)),
+    Case("r50.3x3bs2", (32, 128, 56, 56), (128, 128, 3, 3), (2, 2), (1, 1), (1, 1)),
+    Case("r50.3x3c", (32, 256, 14, 14), (256, 256, 3, 3), (1, 1), (1, 1), (1, 1)),
+    Case("r50.3x3d", (32, 512, 7, 7), (512, 512, 3, 3), (1, 1), (1, 1), (1, 1)),
+    Case("r50.1x1d", (32, 2048, 7, 7), (512, 2048, 1, 1), (1, 1), (0, 0), (1, 1)),
+    Case("yolo.stem", (8, 3, 640, 640), (16, 3, 3, 3), (2, 2), (1, 1), (1, 1)),
+    Case("yolo.c2f", (8, 32, 160, 160), (32, 32, 3, 3), (1, 1), (1, 1), (1, 1)),
+    Case("yolo.p4", (8, 128, 40, 40), (128, 128, 3, 3), (1, 1), (1, 1), (1, 1)),
+    Case("sd.unet64", (2, 320, 64, 64), (320, 320, 3, 3), (1, 1), (1, 1), (1, 1)),
+    Case("sd.unet16", (2, 1280, 16, 16), (1280, 1280, 3, 3), (1, 1), (1, 1), (1, 1)),
+    Case("sd.vae256", (1, 256, 256, 256), (256, 256, 3, 3), (1, 1), (1, 1), (1, 1)),
+    Case("sd.vae512", (1, 128, 512, 512), (128, 128, 3, 3), (1, 1), (1, 1), (1, 1)),
+    Case("dw.3x3", (32, 144, 56, 56), (144, 1, 3, 3), (1, 1), (1, 1), (1, 1), 144),
+    Case("dw.5x5s2", (32, 240, 28, 28), (240, 1, 5, 5), (2, 2), (2, 2), (1, 1), 240),
+    Case("grp32.3x3", (32, 128, 56, 56), (128, 4, 3, 3), (1, 1), (1, 1), (1, 1), 32),
 )

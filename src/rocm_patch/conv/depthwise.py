@@ -62,6 +62,14 @@ def _grad_weight(spec: ConvSpec, image: torch.Tensor, grad: torch.Tensor, budget
     total = image.new_zeros((spec.taps, spec.image[1], spec.weight[0] // spec.image[1]), dtype=dtype)
     over = [0, *range(3, 3 + len(spec.out))]
 
+    def summed(products: torch.Tensor) -> torch.Tensor:
+        """(n, C, m, *out) summed over samples and positions."""
+        if not spec.channels_last:
+            return products.sum(over)
+        # torch's reduction of this layout takes a buffer larger than what it sums (torch 2.11, CUDA).
+        rows = products.movedim((1, 2), (-2, -1)).reshape(-1, spec.weight[0])
+        return (rows.new_ones(1, rows.shape[0]) @ rows).view(products.shape[1:3])
+
     def add(box: Box) -> None:
         by_channel = _by_channel(spec, grad[on_output(box)]).to(dtype)
         for index, tap in enumerate(taps(spec)):
@@ -69,7 +77,7 @@ def _grad_weight(spec: ConvSpec, image: torch.Tensor, grad: torch.Tensor, budget
             if met is not None:
                 reads, writes = met
                 part = at(image[box[0]], *reads).unsqueeze(2)
-                total[index].add_((at(by_channel, *writes) * part).sum(over))
+                total[index].add_(summed(at(by_channel, *writes) * part))
 
     for box in boxes((spec.batch, *spec.out), _position_elements(spec), budget, spec.itemsize):
         add(box)
@@ -78,7 +86,8 @@ def _grad_weight(spec: ConvSpec, image: torch.Tensor, grad: torch.Tensor, budget
 
 def _position_elements(spec: ConvSpec) -> int:
     """Workspace of one output position in grad_weight: the products, and for half types grad in float32."""
-    return spec.weight[0] * (4 if spec.itemsize == 2 else 1)
+    ones = 2 if spec.channels_last else 0
+    return spec.weight[0] * (4 if spec.itemsize == 2 else 1) + ones
 
 
 def _run(spec: ConvSpec, first: torch.Tensor, second: torch.Tensor, budget: int) -> torch.Tensor:

@@ -17,11 +17,11 @@ from rocm_patch.conv.im2col import position_elements
 from rocm_patch.conv.phases import grad_input, phases
 from rocm_patch.conv.spec import FORWARD, GRAD_INPUT, ConvSpec
 from rocm_patch.conv.strategy import GEMM_RTOL, SMALL_MAP, Strategy, empty_result, sum_dtype
-from rocm_patch.conv.windows import Box, boxes, is_whole, largest_box, on_output, window_extent, windows
+from rocm_patch.conv.windows import Box, boxes, is_whole, largest_box, longest_sum, on_output, window_extent, windows
 
 
 def _boxes_of(spec: ConvSpec, budget: int) -> Iterator[Box]:
-    return boxes((spec.batch, *spec.out), position_elements(spec), budget, spec.itemsize)
+    return boxes((spec.batch, *spec.out), position_elements(spec), budget, spec.itemsize, longest_sum(spec))
 
 
 def _is_small_map(spec: ConvSpec) -> bool:
@@ -110,7 +110,9 @@ def _workspace_bytes(spec: ConvSpec, budget: int) -> int:
 
 def _bytes_of_box(spec: ConvSpec, budget: int) -> int:
     """Columns, padded image and product of the largest box; a copy of the weight, or of its gradient, per sample."""
-    samples, *out = largest_box((spec.batch, *spec.out), position_elements(spec), budget, spec.itemsize)
+    samples, *out = largest_box(
+        (spec.batch, *spec.out), position_elements(spec), budget, spec.itemsize, longest_sum(spec)
+    )
     positions = math.prod(out)
     padded = spec.image[1] * math.prod(window_extent(spec, out))
     columns = spec.image[1] * spec.taps * positions

@@ -28,6 +28,7 @@ from rocm_patch.conv.windows import (
     boxes,
     is_whole,
     largest_box,
+    longest_sum,
     meeting,
     on_output,
     sizes,
@@ -43,7 +44,7 @@ def position_elements(spec: ConvSpec) -> int:
 
 
 def _boxes_of(spec: ConvSpec, budget: int) -> Iterator[Box]:
-    return boxes((spec.batch, *spec.out), position_elements(spec), budget, spec.itemsize)
+    return boxes((spec.batch, *spec.out), position_elements(spec), budget, spec.itemsize, longest_sum(spec))
 
 
 def _forward(
@@ -205,7 +206,9 @@ def _workspace_bytes(spec: ConvSpec, budget: int) -> int:
 
 def _bytes_of_box(spec: ConvSpec, budget: int) -> int:
     """Columns, padded image and product of the largest box, and the weight in the layout of the GEMM."""
-    samples, *out = largest_box((spec.batch, *spec.out), position_elements(spec), budget, spec.itemsize)
+    samples, *out = largest_box(
+        (spec.batch, *spec.out), position_elements(spec), budget, spec.itemsize, longest_sum(spec)
+    )
     positions = math.prod(out)
     padded = spec.image[1] * math.prod(window_extent(spec, out))
     columns = spec.image[1] * spec.taps * positions

@@ -8,7 +8,7 @@ import torch
 
 from rocm_patch.conv.spec import FORWARD, GRAD_INPUT, GRAD_WEIGHT, ConvSpec
 from rocm_patch.conv.strategy import GEMM_RTOL, SMALL_MAP, Strategy, channels_to_rows, empty_result, sum_dtype
-from rocm_patch.conv.windows import boxes, largest_box
+from rocm_patch.conv.windows import boxes, largest_box, longest_sum, on_output
 
 
 def _strided(spec: ConvSpec, image: torch.Tensor) -> torch.Tensor:
@@ -43,31 +43,35 @@ def _run(spec: ConvSpec, first: torch.Tensor, second: torch.Tensor, budget: int)
 
 def _grad_weight(spec: ConvSpec, image: torch.Tensor, grad: torch.Tensor, budget: int) -> torch.Tensor:
     """grad (N, K, *out) times image (N, C, *out), summed over samples and positions."""
-    if spec.channels_last:
-        return (channels_to_rows(grad).t() @ channels_to_rows(image)).view(spec.weight)
-    one_gemm = _is_small_map(spec)
+    product_of = _one_gemm if _is_one_gemm(spec) else _summed_gemms
     total: torch.Tensor | None = None
-    for samples, *_ in boxes((spec.batch,), _sample_elements(spec), budget, spec.itemsize):
-        if one_gemm:
-            piece = channels_to_rows(grad[samples]).t() @ channels_to_rows(image[samples])
-        else:
-            products = torch.bmm(grad[samples].flatten(2), image[samples].flatten(2).transpose(1, 2))  # (n, K, C)
-            piece = products.sum(0, dtype=sum_dtype(products))
-        total = piece.to(sum_dtype(piece)) if total is None else total.add_(piece)
-    assert total is not None  # a spec has at least one sample
+    for box in boxes((spec.batch, *spec.out), _position_elements(spec), budget, spec.itemsize, longest_sum(spec)):
+        piece = product_of(grad[on_output(box)], image[on_output(box)])
+        total = piece if total is None else total.add_(piece)
+    assert total is not None  # a spec has at least one output position
     return total.to(image.dtype).view(spec.weight)
 
 
-def _is_small_map(spec: ConvSpec) -> bool:
-    return math.prod(spec.out) < SMALL_MAP
+def _one_gemm(grad: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    product = channels_to_rows(grad).t() @ channels_to_rows(image)
+    return product.to(sum_dtype(product))
 
 
-def _sample_elements(spec: ConvSpec) -> int:
-    """Workspace of one sample in grad_weight."""
-    positions = math.prod(spec.out)
-    if _is_small_map(spec):
-        return (spec.weight[0] + spec.weight[1]) * positions
-    return spec.weight[0] * spec.weight[1] + (spec.weight[0] + spec.weight[1]) * positions
+def _summed_gemms(grad: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    products = torch.bmm(grad.flatten(2), image.flatten(2).transpose(1, 2))  # (n, K, C)
+    return products.sum(0, dtype=sum_dtype(products))
+
+
+def _is_one_gemm(spec: ConvSpec) -> bool:
+    return spec.channels_last or math.prod(spec.out) < SMALL_MAP
+
+
+def _position_elements(spec: ConvSpec) -> int:
+    """Workspace of one output position in grad_weight: copies of what is not in the GEMM's layout."""
+    elements = 0 if math.prod(spec.stride) == 1 else spec.weight[1]
+    if not _is_one_gemm(spec):
+        return elements + -(-math.prod(spec.weight) // math.prod(spec.out))  # a product per sample
+    return elements if spec.channels_last else spec.weight[0] + spec.weight[1]
 
 
 def _rejects(spec: ConvSpec) -> str | None:
@@ -87,10 +91,10 @@ def _slow_for(spec: ConvSpec) -> str | None:
 def _workspace_bytes(spec: ConvSpec, budget: int) -> int:
     weight = math.prod(spec.weight)
     if spec.direction == GRAD_WEIGHT:
-        if spec.channels_last:
-            return math.prod(spec.out) * spec.batch * (spec.weight[0] + spec.weight[1]) * spec.itemsize
-        samples = largest_box((spec.batch,), _sample_elements(spec), budget, spec.itemsize)[0]
-        return (samples * _sample_elements(spec) + 4 * weight) * spec.itemsize
+        elements = _position_elements(spec)
+        samples, *out = largest_box((spec.batch, *spec.out), elements, budget, spec.itemsize, longest_sum(spec))
+        products = 0 if _is_one_gemm(spec) else samples * weight
+        return (samples * math.prod(out) * elements + products + 4 * weight) * spec.itemsize
     # What the stride skips is copied out of the image, or the product is copied into its places.
     copied = math.prod(spec.out) * spec.batch * max(spec.weight[:2])
     return (copied + weight) * spec.itemsize

@@ -23,7 +23,18 @@ import torch
 
 from rocm_patch.conv.spec import FORWARD, GRAD_INPUT, ConvSpec
 from rocm_patch.conv.strategy import GEMM_RTOL, Strategy, empty_result, sum_dtype
-from rocm_patch.conv.windows import Box, at, boxes, largest_box, on_output, padded_part, sizes, taps, window_extent
+from rocm_patch.conv.windows import (
+    Box,
+    at,
+    boxes,
+    largest_box,
+    longest_sum,
+    on_output,
+    padded_part,
+    sizes,
+    taps,
+    window_extent,
+)
 
 
 class _Grid(NamedTuple):
@@ -64,7 +75,7 @@ def _position_elements(spec: ConvSpec) -> int:
 
 
 def _boxes_of(spec: ConvSpec, budget: int) -> Iterator[Box]:
-    return boxes((spec.batch, *spec.out), _position_elements(spec), budget, spec.itemsize)
+    return boxes((spec.batch, *spec.out), _position_elements(spec), budget, spec.itemsize, longest_sum(spec))
 
 
 def _split(spec: ConvSpec, grid: _Grid, image: torch.Tensor, box: Box) -> torch.Tensor:
@@ -200,7 +211,9 @@ def _slow_for(spec: ConvSpec) -> str | None:
 
 
 def _workspace_bytes(spec: ConvSpec, budget: int) -> int:
-    samples, *out = largest_box((spec.batch, *spec.out), _position_elements(spec), budget, spec.itemsize)
+    samples, *out = largest_box(
+        (spec.batch, *spec.out), _position_elements(spec), budget, spec.itemsize, longest_sum(spec)
+    )
     grid = _grid(spec, tuple(out))
     kept = 2 if spec.itemsize == 2 else 1
     padded = spec.image[1] * math.prod(window_extent(spec, out))

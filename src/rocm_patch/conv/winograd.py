@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from functools import lru_cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
+from rocm_patch.conv.im2col import IM2COL
 from rocm_patch.conv.spec import FORWARD, GRAD_INPUT, GRAD_WEIGHT, ConvSpec
 from rocm_patch.conv.strategy import Strategy, empty_result
 from rocm_patch.conv.windows import Box, boxes, is_whole, largest_box, sizes, window_extent, windows
@@ -70,8 +71,21 @@ class _Transforms(NamedTuple):
     output: torch.Tensor
 
 
-@lru_cache(maxsize=64)
-def _transforms(side: int, dtype: torch.dtype, device: torch.device) -> _Transforms:
+_made: dict[tuple[int, torch.dtype, torch.device], _Transforms] = {}
+
+
+def _transforms(side: int, like: torch.Tensor) -> _Transforms | None:
+    """The transforms for a tensor's type and device; None where they would have to be copied into a CUDA graph."""
+    key = (side, like.dtype, like.device)
+    found = _made.get(key)
+    if found is None:
+        if like.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None
+        found = _made[key] = _transforms_on(*key)
+    return found
+
+
+def _transforms_on(side: int, dtype: torch.dtype, device: torch.device) -> _Transforms:
     def squared(rows: tuple[tuple[float, ...], ...]) -> torch.Tensor:
         matrix = torch.tensor(rows, dtype=torch.float64, device="cpu")
         return torch.kron(matrix, matrix).to(device, dtype)
@@ -177,7 +191,7 @@ def magnitude(spec: ConvSpec, first: torch.Tensor, second: torch.Tensor, side: i
         second: likewise.
         side: 2 or 4, the side of the output's tiles.
     """
-    positive = _Transforms(*(matrix.abs() for matrix in _transforms(side, first.dtype, first.device)))
+    positive = _Transforms(*(matrix.abs() for matrix in _transforms_on(side, first.dtype, first.device)))
     return _computed(spec, first.abs(), second.abs(), 1 << 30, positive)
 
 
@@ -215,9 +229,12 @@ def _workspace_bytes(spec: ConvSpec, budget: int, side: int) -> int:
     return (samples * (math.prod(out) * elements + border + cropped) + filters) * spec.itemsize
 
 
-def _made(name: str, side: int) -> Strategy:
+def _strategy(name: str, side: int) -> Strategy:
     def run(spec: ConvSpec, first: torch.Tensor, second: torch.Tensor, budget: int) -> torch.Tensor:
-        return _computed(spec, first, second, budget, _transforms(side, first.dtype, first.device))
+        transforms = _transforms(side, first)
+        if transforms is None:
+            return IM2COL.run(spec, first, second, budget)
+        return _computed(spec, first, second, budget, transforms)
 
     return Strategy(
         name, _rejects, partial(_slow_for, side=side), run, partial(_workspace_bytes, side=side), _RTOL[side], True
@@ -236,5 +253,5 @@ def _slow_for(spec: ConvSpec, side: int) -> str | None:
     return f"fewer than {_FEWEST_TILES} tiles" if tiles < _FEWEST_TILES else None
 
 
-WINOGRAD_F23 = _made("winograd_f23", 2)
-WINOGRAD_F43 = _made("winograd_f43", 4)
+WINOGRAD_F23 = _strategy("winograd_f23", 2)
+WINOGRAD_F43 = _strategy("winograd_f43", 4)
