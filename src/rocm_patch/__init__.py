@@ -26,18 +26,21 @@ if TYPE_CHECKING:
         setup_multiprocessing,
     )
     from rocm_patch.fallback import Conv2dBypassConfig, FallbackStrategy
+    from rocm_patch.overrides.models import model_report, patch_model, unpatch_model
     from rocm_patch.overrides.modules import (
+        SafeConv1d,
         SafeConv2d,
+        SafeConv3d,
+        SafeConvTranspose1d,
+        SafeConvTranspose2d,
+        SafeConvTranspose3d,
         get_config,
-        model_report,
-        patch_model,
         patch_torch_nn,
         restore_torch_nn,
         set_config,
-        unpatch_model,
     )
 
-# Where each public name lives. The modules of the last line import torch.
+# Where each public name lives. The last two modules import torch.
 _HOMES = {
     "rocm_patch.api": (
         "enable_all_patches", "disable_all_patches", "patch_status", "setup_multiprocessing",
@@ -45,14 +48,16 @@ _HOMES = {
     ),
     "rocm_patch.fallback": ("FallbackStrategy", "Conv2dBypassConfig"),
     "rocm_patch.overrides.modules": (
-        "SafeConv2d", "patch_model", "unpatch_model", "model_report", "patch_torch_nn", "restore_torch_nn",
-        "get_config", "set_config",
+        "SafeConv1d", "SafeConv2d", "SafeConv3d", "SafeConvTranspose1d", "SafeConvTranspose2d", "SafeConvTranspose3d",
+        "patch_torch_nn", "restore_torch_nn", "get_config", "set_config",
     ),
+    "rocm_patch.overrides.models": ("patch_model", "unpatch_model", "model_report"),
 }  # fmt: skip
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "Conv2dBypassConfig", "FallbackStrategy", "SafeConv2d", "__version__", "bypass_report",
+    "Conv2dBypassConfig", "FallbackStrategy", "SafeConv1d", "SafeConv2d", "SafeConv3d",
+    "SafeConvTranspose1d", "SafeConvTranspose2d", "SafeConvTranspose3d", "__version__", "bypass_report",
     "disable_all_patches", "enable_all_patches", "enable_miopen_bypass", "get_config", "model_report",
     "patch_dataloader", "patch_model", "patch_status", "patch_torch_nn", "print_bypass_report",
     "restore_torch_nn", "set_config", "setup_environment", "setup_multiprocessing", "unpatch_model",

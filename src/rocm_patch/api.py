@@ -260,16 +260,16 @@ def bypass_report() -> str:
     if "torch" not in sys.modules:
         return "torch is not imported: no convolution was served in this process"
     from rocm_patch.dispatch import report
-    from rocm_patch.overrides import aten, modules
+    from rocm_patch.overrides import aten, bypassed
 
-    return report([*aten.ACTIVE.values(), *modules.dispatchers()])
+    return report([*aten.ACTIVE.values(), *bypassed.dispatchers()])
 
 
 def print_bypass_report(model: Any = None) -> None:
     """Print `bypass_report()`, and for a model which of its layers are SafeConv2d."""
     lines = [bypass_report()]
     if model is not None:
-        from rocm_patch.overrides.modules import model_report
+        from rocm_patch.overrides.models import model_report
 
         lines.insert(0, str(model_report(model)))
     sys.stdout.write("\n".join(lines) + "\n")

@@ -74,6 +74,7 @@ class Conv2dBypassConfig:
             default is the original's observation on an RX 5600 XT with ROCm 5.2.
         enable_implicit_gemm: kept for the original's signature; MIOpen's default, so it changes nothing.
         gpu_unfold_fallback: whether a bypass serves a call that native MIOpen failed; False raises its error.
+        exact: leave out Winograd's algorithms, which round more than a matrix product.
         verbose: say once per convolution which route served it, on stderr.
         cache_decisions: kept for the original's signature; decisions are always kept, per exact convolution.
     """
@@ -84,6 +85,7 @@ class Conv2dBypassConfig:
     gpu_unfold_fallback: bool = True
     verbose: bool = False
     cache_decisions: bool = True
+    exact: bool = False
 
     def __post_init__(self) -> None:
         meaning(self.strategy)

@@ -18,9 +18,14 @@ from rocm_patch.conv.spec import FORWARD, GRAD_INPUT, GRAD_WEIGHT
 Compute = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def convolution(compute: Compute, image: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The plain convolution of image (N, C, *spatial) with weight, differentiable."""
-    return _Direction.apply(compute, FORWARD, image, weight)  # type: ignore[no-any-return, no-untyped-call]
+def convolution(
+    compute: Compute, image: torch.Tensor, weight: torch.Tensor, direction: str = FORWARD
+) -> torch.Tensor:
+    """The plain convolution of image (N, C, *spatial) with weight, differentiable; real types only.
+
+    With the direction `grad_input` the transposed one, of an image that takes grad's place (N, K, *out).
+    """
+    return _Direction.apply(compute, direction, image, weight)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Direction(torch.autograd.Function):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 _NAMES = (
-    "SafeConv2d", "Conv2dBypassConfig", "FallbackStrategy", "patch_model", "unpatch_model", "patch_torch_nn",
+    "SafeConv1d", "SafeConv2d", "SafeConv3d", "SafeConvTranspose1d", "SafeConvTranspose2d", "SafeConvTranspose3d",
+    "Conv2dBypassConfig", "FallbackStrategy", "patch_model", "unpatch_model", "patch_torch_nn",
     "restore_torch_nn", "enable_miopen_bypass", "print_bypass_report", "get_config", "set_config",
 )  # fmt: skip
 __all__ = list(_NAMES)

@@ -117,7 +117,7 @@ def _safe_error(case: Any, dtype: str, device: str) -> tuple[float, str]:
 
     from rocm_patch.conv import NATIVE, native
     from rocm_patch.conv.spec import DIRECTIONS
-    from rocm_patch.overrides import aten, modules
+    from rocm_patch.overrides import aten, bypassed, modules
 
     trying(f"{case.why}, {dtype} on {device}")
     sizes = (case.image[1], case.weight[0], case.weight[2:])
@@ -135,7 +135,7 @@ def _safe_error(case: Any, dtype: str, device: str) -> tuple[float, str]:
         exact = native.convolution(x, w, b, *geometry, False, False, True, True)
         exact_grads = native.convolution_backward(g, x, w, list(b.shape), *geometry, [True, True, True])
 
-    routes = [route for part in (*aten.ACTIVE.values(), *modules.dispatchers()) for route in part.routes.taken()]
+    routes = [route for part in (*aten.ACTIVE.values(), *bypassed.dispatchers()) for route in part.routes.taken()]
     by_spec = {replace(route.spec, device="cpu", channels_last=False): route.strategy for route in routes}
     served = [by_spec.get(case.spec(direction, dtype)) for direction in DIRECTIONS]
     results: Any = (out.detach(), image.grad, layer.weight.grad, layer.bias.grad)
