@@ -209,5 +209,5 @@ def test_print_bypass_report(capsys):
         torch.conv2d(torch.ones(1, 1, 19, 23), torch.ones(1, 1, 2, 2))
     rocm_patch.print_bypass_report(nn.Sequential(nn.Conv2d(1, 1, 1)))
     out = capsys.readouterr().out
-    assert "0 layers are SafeConv2d, 1 convolution layers were left" in out
+    assert "0 layers are Safe ones, 1 convolution layers were left" in out
     assert "3  im2col     forward 1x1x19x23 by 1x1x2x2 float32 cpu (policy bypass)" in out
