@@ -1,4 +1,4 @@
-"""`F.conv1d` to `F.conv_transpose3d` through a dispatcher of one's own instead of aten's convolution.
+"""torch's functional convolutions through a dispatcher of one's own instead of aten's convolution.
 
 For single layers that must not reach MIOpen whatever else is switched on. `Bypassing` sends every such call inside
 it here, so that a layer's own forward (padding modes, `output_size`, a weight computed on the fly) stays torch's or
@@ -8,44 +8,41 @@ the program's.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from rocm_patch import settings
 from rocm_patch.conv import autograd
 from rocm_patch.conv.call import Geometry, forward_spec
 from rocm_patch.conv.spec import DIRECTIONS
-from rocm_patch.dispatch import Dispatcher
-from rocm_patch.fallback import Conv2dBypassConfig, meaning
-from rocm_patch.overrides import guarding
-from rocm_patch.overrides.aten import ACTIVE
-from rocm_patch.routes import Routes
-from rocm_patch.trust.choose import Chooser
+from rocm_patch.fallback import Conv2dBypassConfig
+from rocm_patch.overrides.layer_dispatch import dispatcher_of, is_overridden
+from rocm_patch.overrides.layer_dispatch import dispatchers as dispatchers
 
-# One dispatcher per way of being served, shared by all layers that ask for the same.
-_DISPATCHERS: dict[tuple[Any, ...], Dispatcher] = {}
+_compiler = getattr(torch, "compiler", None)  # torch 2.x
+_is_exporting: Callable[[], bool] = getattr(_compiler, "is_exporting", lambda: False)
 
-
-def dispatchers() -> list[Dispatcher]:
-    """The dispatchers that single layers have used."""
-    return list(_DISPATCHERS.values())
+# Whether a transformation of torch 1.13's functorch is at work, which takes no autograd.Function.
+_is_in_functorch_1: Callable[[], bool] = getattr(torch._C._functorch, "are_transforms_active", lambda: False)
 
 
 def run(config: Conv2dBypassConfig, function: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
     """A function's result with its convolutions served as `config` says.
 
-    While it is traced or transformed (torch.jit.trace, torch.func) its convolutions stay aten's: a trace can record,
-    and a transformation can transform, aten's operators only. The override serves these.
+    While it is traced or exported its convolutions stay aten's, as a program that is loaded elsewhere can hold no
+    others. The override serves these.
     """
-    if _is_compiling():
-        if _override_serves(config):
+    if _compiler is not None and _compiler.is_compiling():
+        # An export that dynamo has no part in runs the function as it is.
+        if _is_exporting() or not _compiler.is_dynamo_compiling() or is_overridden(config):
             return function(*args, **kwargs)
         return _outside_of_graphs(config, function, args, kwargs)
-    if torch._C._get_tracing_state() or _is_transformed():
+    if torch._C._get_tracing_state() or _is_in_functorch_1():
         return function(*args, **kwargs)
     with Bypassing(config):
         return function(*args, **kwargs)
@@ -78,15 +75,16 @@ class Bypassing(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Iterable[type], args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        served = _SERVED.get(function)
-        if served is None:
-            return function(*args, **(kwargs or {}))
-        return served(self._config, function, *args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        by_us = _SERVED.get(function)
+        result = None if by_us is None else by_us(self._config, *args, **kwargs)
+        return function(*args, **kwargs) if result is None else result
 
 
+# The functions below give None where aten's leads to the very same place, or has to say what is wrong.
 def _conv(
+    dims: int,
     config: Conv2dBypassConfig,
-    function: Callable[..., torch.Tensor],
     input: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
@@ -94,29 +92,27 @@ def _conv(
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
-) -> torch.Tensor:
-    dims = weight.dim() - 2
+) -> torch.Tensor | None:
+    if not _is_ours(dims, input, weight, bias):
+        return None
     padded, amounts = input, padding
     steps, spread = _per_dimension(stride, dims), _per_dimension(dilation, dims)
     if padding == "valid":
         amounts = 0
-    elif padding == "same" and steps == (1,) * dims:  # an odd amount leaves one more on the right, as in aten
+    elif padding == "same" and steps == (1,) * dims and len(spread) == dims:
         totals = [d * (k - 1) for d, k in zip(spread, weight.shape[2:], strict=True)]
         amounts = [total // 2 for total in totals]
-        if any(total % 2 for total in totals):
+        if any(total % 2 for total in totals):  # an odd amount leaves one more on the right, as in aten
             padded = F.pad(input, [amount for total in reversed(totals) for amount in (0, total % 2)])
     elif isinstance(padding, str):
-        return function(input, weight, bias, stride, padding, dilation, groups)  # an error, in aten's words
+        return None
     geometry = Geometry(steps, _per_dimension(amounts, dims), spread, False, (0,) * dims, groups)
-    result = _served(config, padded, weight, bias, geometry)
-    if result is not None:
-        return result
-    return function(input, weight, bias, stride, padding, dilation, groups)
+    return _served(config, padded, weight, bias, geometry)
 
 
 def _conv_transpose(
+    dims: int,
     config: Conv2dBypassConfig,
-    function: Callable[..., torch.Tensor],
     input: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
@@ -125,25 +121,58 @@ def _conv_transpose(
     output_padding: Any = 0,
     groups: int = 1,
     dilation: Any = 1,
-) -> torch.Tensor:
-    dims = weight.dim() - 2
+) -> torch.Tensor | None:
+    if not _is_ours(dims, input, weight, bias):
+        return None
     steps, amounts, spread, extra = (
         _per_dimension(value, dims) for value in (stride, padding, dilation, output_padding)
     )
-    result = _served(config, input, weight, bias, Geometry(steps, amounts, spread, True, extra, groups))
-    if result is not None:
-        return result
-    return function(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    return _served(config, input, weight, bias, Geometry(steps, amounts, spread, True, extra, groups))
 
 
-_SERVED: dict[Any, Callable[..., torch.Tensor]] = {
-    F.conv1d: _conv, F.conv2d: _conv, F.conv3d: _conv,
-    F.conv_transpose1d: _conv_transpose, F.conv_transpose2d: _conv_transpose, F.conv_transpose3d: _conv_transpose,
+def _convolution(
+    config: Conv2dBypassConfig,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+    *flags: Any,
+) -> torch.Tensor | None:
+    """`torch.convolution` and `torch._convolution`, which take no unbatched input."""
+    if not isinstance(input, torch.Tensor) or not _is_ours(input.dim() - 2, input, weight, bias):
+        return None
+    geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), transposed, tuple(output_padding), groups)
+    return _served(config, input, weight, bias, geometry)
+
+
+_SERVED: dict[Any, Callable[..., torch.Tensor | None]] = {
+    F.conv1d: partial(_conv, 1), F.conv2d: partial(_conv, 2), F.conv3d: partial(_conv, 3),
+    F.conv_transpose1d: partial(_conv_transpose, 1), F.conv_transpose2d: partial(_conv_transpose, 2),
+    F.conv_transpose3d: partial(_conv_transpose, 3),
+    torch.convolution: _convolution, torch._convolution: _convolution,
 }  # fmt: skip
 
 
+def _is_ours(dims: int, input: Any, weight: Any, bias: Any) -> bool:
+    """Whether these are tensors of memory on a device that is served: no proxies, fake or distributed ones."""
+    return all(
+        isinstance(operand, torch.Tensor)
+        and operand.device.type in ("cuda", "cpu")
+        and type(operand).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+        for operand in ((input, weight) if bias is None else (input, weight, bias))
+    ) and bool(weight.dim() == dims + 2)
+
+
 def _per_dimension(value: Any, dims: int) -> tuple[int, ...]:
-    return (value,) * dims if isinstance(value, int) else tuple(value)
+    if isinstance(value, (tuple, list)):
+        # One number for all dimensions; wrong lengths are for aten to judge.
+        return tuple(map(operator.index, value)) * (dims if len(value) == 1 else 1)
+    return (operator.index(value),) * dims
 
 
 def _served(
@@ -153,19 +182,16 @@ def _served(
     bias: torch.Tensor | None,
     geometry: Geometry,
 ) -> torch.Tensor | None:
-    """The result, or None where aten's function leads to the very same place, or has to say what is wrong."""
-    if _override_serves(config, "CUDA" if input.is_cuda else "CPU"):
+    if is_overridden(config, "CUDA" if input.is_cuda else "CPU"):
         return None
-    half = _autocast_dtype(input)
+    half = _autocast_dtype(input.device.type)
     if half is not None:
-        input, weight = input.to(half), weight.to(half)
-        bias = None if bias is None else bias.to(half)
+        input, weight = _cast(input, half), _cast(weight, half)
+        bias = None if bias is None else _cast(bias, half)
     unbatched = input.dim() == weight.dim() - 1
     image = input.unsqueeze(0) if unbatched else input
-    if image.is_complex() and weight.is_complex():
-        result = _complex(config, image, weight, bias, geometry)
-    else:
-        result = _real(config, image, weight, bias, geometry)
+    by_us = _complex if image.is_complex() and weight.is_complex() else _real
+    result = by_us(config, image, weight, bias, geometry)
     return result.squeeze(0) if unbatched and result is not None else result
 
 
@@ -180,10 +206,13 @@ def _real(
     if spec is None:
         return None
     specs = {direction: dataclasses.replace(spec, direction=direction) for direction in DIRECTIONS}
-    serve = _dispatcher(config).serve
+    serve = dispatcher_of(config).serve
 
     def compute(direction: str, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        return serve(specs[direction], first, second)
+        known = specs[direction]
+        if first.shape[0] != known.batch:
+            known = dataclasses.replace(known, image=(first.shape[0], *known.image[1:]))
+        return serve(known, first, second)
 
     result = autograd.convolution(compute, image, weight, spec.direction)
     return result if bias is None else result + bias.view(-1, *[1] * len(spec.kernel))
@@ -197,6 +226,8 @@ def _complex(
     geometry: Geometry,
 ) -> torch.Tensor | None:
     """Three real convolutions, as aten does it: with a = x_r w_r, b = x_i w_i and c = (x_r + x_i)(w_r + w_i)."""
+    if bias is not None and bias.dtype != image.dtype:
+        return None
     parts = [
         _real(config, x, w, None, geometry)
         for x, w in (
@@ -212,52 +243,17 @@ def _complex(
     return result if bias is None else result + bias.view(-1, *[1] * (image.dim() - 2))
 
 
-def _chooser(config: Conv2dBypassConfig) -> Chooser:
-    policy, preferred, selective = meaning(config.strategy)
-    policy = policy or "bypass"
-    if policy == "guarded" and not config.gpu_unfold_fallback:
-        policy = "native"
-    return Chooser(policy, preferred, config.size_threshold if selective else None, exact=config.exact)
+def _cast(tensor: torch.Tensor, half: torch.dtype) -> torch.Tensor:
+    """What autocast makes of an operand."""
+    if not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(half)
 
 
-def _dispatcher(config: Conv2dBypassConfig) -> Dispatcher:
-    chooser = _chooser(config)
-    asked = settings.from_environ()
-    key = (chooser.policy, chooser.preferred, chooser.native_up_to, chooser.exact, asked.workspace)
-    found = _DISPATCHERS.get(key)
-    if found is None:
-        guard = guarding.guard_for(chooser, asked)
-        found = _DISPATCHERS.setdefault(key, Dispatcher(Routes(chooser, guard, workspace=asked.workspace)))
-    return found
-
-
-def _override_serves(config: Conv2dBypassConfig, key: str | None = None) -> bool:
-    """Whether the override serves all that aten gets just as the config says, on one device's key or on any."""
-    wanted = _chooser(config)
-    return any(
-        dispatcher.routes.chooser == wanted for name, dispatcher in ACTIVE.items() if key is None or name == key
-    )
-
-
-def _is_compiling() -> bool:
-    compiler = getattr(torch, "compiler", None)  # torch 2.x
-    return compiler is not None and bool(compiler.is_compiling())
-
-
-def _is_transformed() -> bool:
-    """Whether this call runs inside vmap, grad or another transformation of torch.func (torch 2.x)."""
-    stack_of = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
-    return stack_of is not None and stack_of() is not None
-
-
-def _autocast_dtype(input: torch.Tensor) -> torch.dtype | None:
-    """The type that autocast runs convolutions of this input in, None when it leaves them alone."""
-    if not input.is_floating_point() or input.dtype == torch.float64:
-        return None
-    if input.is_cuda:
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    """The type that autocast runs convolutions on a device in; None where it is off."""
+    if hasattr(torch, "get_autocast_dtype"):
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if device == "cuda":  # torch before 2.4
         return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
-    try:
-        enabled = torch.is_autocast_enabled("cpu")
-    except TypeError:  # torch before 2.4
-        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
-    return torch.get_autocast_dtype("cpu") if enabled else None
+    return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None

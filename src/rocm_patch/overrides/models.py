@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.utils import parametrize
 
 from rocm_patch.errors import NotAModuleError
 from rocm_patch.fallback import Conv2dBypassConfig
-from rocm_patch.overrides import bypassed
-from rocm_patch.overrides.modules import PATCHED, PLAIN, SAFE, config_of, copied, pickled
+from rocm_patch.overrides.layer_classes import forget, is_served, plain_class, served_class
+from rocm_patch.overrides.layer_dispatch import PATCHED
+from rocm_patch.overrides.modules import SAFE
 from rocm_patch.settings import LOGGER
 
-# From a subclass of one of torch.nn's convolutions to the class that its patched layers have, and back.
-_MADE: dict[type, type] = {}
-_ORIGINAL: dict[type, type] = {}
+# Classes whose layers could not be turned, and why.
+_UNTURNED: dict[type, str] = {}
 
 
 @dataclass(frozen=True)
@@ -39,19 +37,28 @@ def model_report(model: nn.Module) -> ModelReport:
     _check_module(model)
     replaced, left = [], {}
     for name, module in model.named_modules():
-        if _is_safe(type(module)):
+        if is_served(type(module)):
             replaced.append(name)
         elif isinstance(module, _ConvNd):
             left[name] = _why_left(module)
-        elif isinstance(module, torch.jit.ScriptModule):
+        elif _is_compiled_convolution(module):
             left[name] = "compiled by TorchScript"
     return ModelReport(tuple(replaced), left)
 
 
 def _why_left(module: _ConvNd) -> str:
-    if isinstance(module, tuple(SAFE)):
-        return "not patched"
-    return f"{type(module).__name__} is none of torch.nn's convolutions"
+    if not isinstance(module, tuple(SAFE)):
+        return f"{type(module).__name__} is none of torch.nn's convolutions"
+    return _UNTURNED.get(type(module), "not patched")
+
+
+def _is_compiled_convolution(module: nn.Module) -> bool:
+    """Whether TorchScript has compiled it, from a convolution layer or with a convolution in its own code."""
+    if not isinstance(module, torch.jit.ScriptModule):
+        return False
+    if any(module.original_name.endswith(kind.__name__) for kind in SAFE):
+        return True
+    return "aten::conv" in str(module.graph) or "aten::_conv" in str(module.graph)
 
 
 def patch_model(model: nn.Module, config: Conv2dBypassConfig | None = None, recursive: bool = True) -> nn.Module:
@@ -76,13 +83,29 @@ def patch_model(model: nn.Module, config: Conv2dBypassConfig | None = None, recu
     _check_module(model)
     modules = model.modules() if recursive else [model, *model.children()]
     for module in list(modules):
-        if isinstance(module, tuple(SAFE)) and not _is_safe(type(module)):
-            module.__class__ = _patched_class(type(module))
-            module.__dict__[PATCHED] = True
-        if _is_safe(type(module)) and config is not None:
-            setattr(module, "config", config)  # noqa: B010  (for nn.Module an attribute is a tensor or a module)
+        if isinstance(module, tuple(SAFE)) and not is_served(type(module)):
+            _turn(module)
+        if is_served(type(module)) and config is not None:
+            _configure(module, config)
     LOGGER.info("patch_model: %s", model_report(model))
     return model
+
+
+def _turn(module: nn.Module) -> None:
+    kind = type(module)
+    try:
+        module.__class__ = served_class(kind)
+    except TypeError as error:
+        _UNTURNED[kind] = f"{kind.__name__} cannot have a subclass that is served: {error}"
+        return
+    module.__dict__[PATCHED] = None
+
+
+def _configure(module: nn.Module, config: Conv2dBypassConfig) -> None:
+    if isinstance(getattr(module, "config", None), (Conv2dBypassConfig, type(None))):
+        setattr(module, "config", config)  # noqa: B010  (for nn.Module an attribute is a tensor or a module)
+    else:  # the program's own
+        module.__dict__[PATCHED] = config
 
 
 def unpatch_model(model: nn.Module) -> nn.Module:
@@ -95,69 +118,10 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     """
     _check_module(model)
     for module in model.modules():
-        if module.__dict__.pop(PATCHED, False):
-            module.__dict__.pop("config", None)
+        if PATCHED in module.__dict__:
+            forget(module)
             module.__class__ = plain_class(type(module))
     return model
-
-
-def _is_safe(kind: type) -> bool:
-    return any(base in PLAIN or base in _ORIGINAL for base in kind.__mro__)
-
-
-def _patched_class(kind: type) -> type:
-    if kind in SAFE:
-        return SAFE[kind]  # type: ignore[no-any-return]
-    if _is_parametrized(kind):
-        return _rebuilt(kind, _patched_class(kind.__bases__[0]))
-    if kind not in _MADE:
-        _MADE[kind] = _subclass_of(kind)
-        _ORIGINAL[_MADE[kind]] = kind
-    return _MADE[kind]
-
-
-def plain_class(kind: type) -> type:
-    """The class that a patched layer had."""
-    if kind in PLAIN:
-        return PLAIN[kind]  # type: ignore[no-any-return]
-    if _is_parametrized(kind):
-        return _rebuilt(kind, plain_class(kind.__bases__[0]))
-    return _ORIGINAL[kind]
-
-
-def _is_parametrized(kind: type) -> bool:
-    """Whether torch.nn.utils.parametrize made this class for one layer, on top of its only base."""
-    made_by = vars(kind).get("__getstate__")
-    return kind.__name__.startswith("Parametrized") and getattr(made_by, "__module__", "") == parametrize.__name__
-
-
-def _rebuilt(kind: type, base: type) -> type:
-    """A class that parametrize made, on another base: removing the parametrization goes back to its base."""
-    body = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
-    return type(base)(kind.__name__, (base,), body)
-
-
-def _subclass_of(kind: Any) -> type:
-    """A subclass whose forward is the class's own, with the convolutions in it served."""
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return bypassed.run(config_of(self), kind.forward, self, *args, **kwargs)
-
-    def reduce(self: Any, protocol: Any) -> Any:
-        return pickled(self, kind.__reduce_ex__(self, protocol))
-
-    body: dict[str, Any] = {
-        "forward": forward,
-        "__reduce_ex__": reduce,
-        "__module__": kind.__module__,
-        "config": None,
-    }
-    if not hasattr(kind, "__deepcopy__"):
-        body["__deepcopy__"] = copied
-    if getattr(kind, "cls_to_become", None) is not None:  # lazy
-        body["cls_to_become"] = _patched_class(kind.cls_to_become)
-    made: type = type(kind)(f"Safe{kind.__name__}", (kind,), body)
-    return made
 
 
 def _check_module(model: object) -> None:
