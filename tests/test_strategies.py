@@ -19,10 +19,10 @@ from rocm_patch.conv.cases import CASES, Case
 from rocm_patch.conv.spec import DIRECTIONS, FORWARD, GRAD_INPUT, GRAD_WEIGHT, ConvSpec, output_size
 from rocm_patch.conv.winograd import magnitude
 
-EXAMPLES = int(os.environ.get("CONV_EXAMPLES", "2000"))
+IS_TORCH_1 = torch.__version__.startswith("1.")
+EXAMPLES = int(os.environ.get("CONV_EXAMPLES", "500" if IS_TORCH_1 else "2000"))
 CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-IS_TORCH_1 = torch.__version__.startswith("1.")
 DTYPES = ["float32", "float32", "float64", "bfloat16", "complex64", "complex128"]
 if not IS_TORCH_1:
     DTYPES.append("float16")  # torch 1.13 has no products of float16 matrices on the CPU

@@ -31,21 +31,23 @@ def convolution(
 
 
 def _apply(compute: Compute, direction: str, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    return _Direction.apply(compute, direction, first, second)  # type: ignore[no-any-return, no-untyped-call]
+    kind = _TransformedDirection if _is_transforming() else _Direction
+    return kind.apply(compute, direction, first, second)  # type: ignore[no-any-return, no-untyped-call]
+
+
+# Whether a transformation of torch.func (torch 2) is at work.
+_is_transforming: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 
 class _Direction(torch.autograd.Function):
     @staticmethod
-    def forward(compute: Compute, direction: str, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, compute: Compute, direction: str, first: torch.Tensor, second: torch.Tensor
+    ) -> torch.Tensor:
+        _keep(ctx, (compute, direction, first, second))
         if _is_batched(first) or _is_batched(second):
             return _one_by_one(compute, direction, first, second)
         return compute(direction, first, second)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.compute, ctx.direction, *operands = inputs
-        ctx.save_for_backward(*operands)
-        ctx.save_for_forward(*operands)
 
     @staticmethod
     def backward(ctx: Any, *outer: Any) -> tuple[None, None, torch.Tensor | None, torch.Tensor | None]:
@@ -77,11 +79,29 @@ class _Direction(torch.autograd.Function):
             parts.append(_apply(ctx.compute, ctx.direction, first, of_second))
         return sum(parts[1:], parts[0]) if parts else None
 
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any = None) -> None:
+    ctx.compute, ctx.direction, *operands = inputs
+    ctx.save_for_backward(*operands)
+    ctx.save_for_forward(*operands)
+
+
+class _TransformedDirection(_Direction):
+    """The form that torch.func takes; a call of it costs several times as much."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        compute: Compute, direction: str, first: torch.Tensor, second: torch.Tensor
+    ) -> torch.Tensor:
+        return compute(direction, first, second)
+
+    setup_context = staticmethod(_keep)
+
     @staticmethod
     def vmap(
         info: Any, in_dims: Any, compute: Compute, direction: str, first: torch.Tensor, second: torch.Tensor
     ) -> tuple[torch.Tensor, int]:
-        """torch.func.vmap of torch 2: one call with all samples where the weight is shared, else one for each."""
+        """One call with all samples where the weight is shared, else one for each."""
         _, _, dim_of_first, dim_of_second = in_dims
         if dim_of_second is None and direction != GRAD_WEIGHT:
             batched = first.movedim(dim_of_first, 0)
@@ -114,14 +134,3 @@ def _one_by_one(compute: Compute, direction: str, *operands: torch.Tensor) -> to
     )
     results = [compute(direction, a, b) for a, b in zip(first, second, strict=True)]
     return torch._add_batch_dim(torch.stack(results), 0, level)
-
-
-def _forward_with_context(ctx: Any, *inputs: Any) -> torch.Tensor:
-    result = _without_context(*inputs)
-    _Direction.setup_context(ctx, inputs, result)
-    return result
-
-
-_without_context = _Direction.forward
-if torch.__version__.startswith("1."):  # which has no setup_context()
-    _Direction.forward = staticmethod(_forward_with_context)  # type: ignore[assignment, unused-ignore]

@@ -9,19 +9,14 @@ L output positions.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 
-from rocm_patch.conv.im2col import position_elements
+from rocm_patch.conv.im2col import boxes_of, by_boxes, position_elements
 from rocm_patch.conv.phases import grad_input, phases
 from rocm_patch.conv.spec import FORWARD, GRAD_INPUT, ConvSpec
-from rocm_patch.conv.strategy import GEMM_RTOL, SMALL_MAP, Strategy, empty_result, sum_dtype
-from rocm_patch.conv.windows import Box, boxes, is_whole, largest_box, longest_sum, on_output, window_extent, windows
-
-
-def _boxes_of(spec: ConvSpec, budget: int) -> Iterator[Box]:
-    return boxes((spec.batch, *spec.out), position_elements(spec), budget, spec.itemsize, longest_sum(spec))
+from rocm_patch.conv.strategy import GEMM_RTOL, SMALL_MAP, Strategy, sum_dtype
+from rocm_patch.conv.windows import largest_box, longest_sum, on_output, window_extent, windows
 
 
 def _is_small_map(spec: ConvSpec) -> bool:
@@ -34,14 +29,7 @@ def _forward(
     """The result (N, G K, *out), written into a tensor where one is given."""
     product_of = _of_all_samples if _is_small_map(spec) else _of_each_sample
     filters = weight.reshape(spec.groups, spec.weight[0] // spec.groups, -1)  # (G, K, C R)
-    for box in _boxes_of(spec, budget):
-        if into is None and is_whole(box, (spec.batch, *spec.out)):
-            return product_of(spec, windows(spec, image, box), filters)
-        if into is None:
-            into = empty_result(spec, image)
-        into[on_output(box)] = product_of(spec, windows(spec, image, box), filters)
-    assert into is not None  # a spec has at least one output position
-    return into
+    return by_boxes(spec, image, budget, lambda view: product_of(spec, view, filters), into)
 
 
 def _of_each_sample(spec: ConvSpec, view: torch.Tensor, filters: torch.Tensor) -> torch.Tensor:
@@ -65,7 +53,7 @@ def _columns(spec: ConvSpec, view: torch.Tensor) -> torch.Tensor:
 def _grad_weight(spec: ConvSpec, image: torch.Tensor, grad: torch.Tensor, budget: int) -> torch.Tensor:
     product_of = _weights_of_all_samples if _is_small_map(spec) else _weights_of_each_sample
     total: torch.Tensor | None = None
-    for box in _boxes_of(spec, budget):
+    for box in boxes_of(spec, budget):
         piece = product_of(spec, windows(spec, image, box), grad[on_output(box)])
         total = piece.to(sum_dtype(piece)) if total is None else total.add_(piece)
     assert total is not None  # a spec has at least one output position

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -43,7 +43,8 @@ def position_elements(spec: ConvSpec) -> int:
     return spec.image[1] * (spec.taps + math.prod(spec.stride)) + spec.weight[0]
 
 
-def _boxes_of(spec: ConvSpec, budget: int) -> Iterator[Box]:
+def boxes_of(spec: ConvSpec, budget: int) -> Iterator[Box]:
+    """Pieces whose columns fit the budget."""
     return boxes((spec.batch, *spec.out), position_elements(spec), budget, spec.itemsize, longest_sum(spec))
 
 
@@ -56,12 +57,23 @@ def _forward(
         product_of = _rows
     elif spec.batch > 1 and math.prod(spec.out) < SMALL_MAP:
         product_of = _one_gemm
-    for box in _boxes_of(spec, budget):
+    return by_boxes(spec, image, budget, lambda view: product_of(spec, view, weight), into)
+
+
+def by_boxes(
+    spec: ConvSpec,
+    image: torch.Tensor,
+    budget: int,
+    product_of: Callable[[torch.Tensor], torch.Tensor],
+    into: torch.Tensor | None,
+) -> torch.Tensor:
+    """The result (N, K, *out) of a function that computes it from windows (n, C, *kernel, *out), piece by piece."""
+    for box in boxes_of(spec, budget):
         if into is None and is_whole(box, (spec.batch, *spec.out)):
-            return product_of(spec, windows(spec, image, box), weight)
+            return product_of(windows(spec, image, box))
         if into is None:
             into = empty_result(spec, image)
-        into[on_output(box)] = product_of(spec, windows(spec, image, box), weight)
+        into[on_output(box)] = product_of(windows(spec, image, box))
     assert into is not None  # a spec has at least one output position
     return into
 
@@ -100,7 +112,7 @@ def _window_rows(spec: ConvSpec, view: torch.Tensor) -> torch.Tensor:
 
 def _grad_weight(spec: ConvSpec, image: torch.Tensor, grad: torch.Tensor, budget: int) -> torch.Tensor:
     total: torch.Tensor | None = None
-    for box in _boxes_of(spec, budget):
+    for box in boxes_of(spec, budget):
         piece = _piece_of_grad_weight(spec, windows(spec, image, box), grad[on_output(box)])
         if is_whole(box, (spec.batch, *spec.out)):
             return piece
@@ -144,7 +156,7 @@ def _scattered(spec: ConvSpec, grad: torch.Tensor, weight: torch.Tensor, budget:
                 reads, writes = met
                 at(result[box[0]], *reads).add_(at(columns[:, :, index], *writes))
 
-    for box in _boxes_of(spec, budget):
+    for box in boxes_of(spec, budget):
         add(box)
     return result.to(grad.dtype)
 

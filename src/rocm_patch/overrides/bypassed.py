@@ -19,13 +19,18 @@ from torch.overrides import TorchFunctionMode
 
 from rocm_patch.conv import autograd
 from rocm_patch.conv.call import Geometry, forward_spec
-from rocm_patch.conv.spec import DIRECTIONS
+from rocm_patch.conv.native import cudnn_enabled
+from rocm_patch.conv.spec import DIRECTIONS, FORWARD, GRAD_INPUT, ConvSpec
 from rocm_patch.fallback import Conv2dBypassConfig
 from rocm_patch.overrides.layer_dispatch import dispatcher_of, is_overridden
 from rocm_patch.overrides.layer_dispatch import dispatchers as dispatchers
+from rocm_patch.routes import remember
 
 _compiler = getattr(torch, "compiler", None)  # torch 2.x
 _is_exporting: Callable[[], bool] = getattr(_compiler, "is_exporting", lambda: False)
+
+# From what a call looks like to its spec in each direction; None where only aten can judge the call.
+_SPECS: dict[tuple[Any, ...], dict[str, ConvSpec] | None] = {}
 
 # Whether a transformation of torch 1.13's functorch is at work, which takes no autograd.Function.
 _is_in_functorch_1: Callable[[], bool] = getattr(torch._C._functorch, "are_transforms_active", lambda: False)
@@ -163,6 +168,7 @@ def _is_ours(dims: int, input: Any, weight: Any, bias: Any) -> bool:
     return all(
         isinstance(operand, torch.Tensor)
         and operand.device.type in ("cuda", "cpu")
+        and operand.layout is torch.strided
         and type(operand).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
         for operand in ((input, weight) if bias is None else (input, weight, bias))
     ) and bool(weight.dim() == dims + 2)
@@ -202,20 +208,31 @@ def _real(
     bias: torch.Tensor | None,
     geometry: Geometry,
 ) -> torch.Tensor | None:
-    spec = forward_spec(image, weight, bias, geometry)
-    if spec is None:
+    of_bias = None if bias is None else (bias.shape, bias.dtype)
+    key = (geometry, of_bias, *_looks(image), *_looks(weight), cudnn_enabled())
+    try:
+        specs = _SPECS[key]
+    except KeyError:
+        spec = forward_spec(image, weight, bias, geometry)
+        known = None if spec is None else {d: dataclasses.replace(spec, direction=d) for d in DIRECTIONS}
+        specs = remember(_SPECS, key, known)
+    if specs is None:
         return None
-    specs = {direction: dataclasses.replace(spec, direction=direction) for direction in DIRECTIONS}
     serve = dispatcher_of(config).serve
 
     def compute(direction: str, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        known = specs[direction]
-        if first.shape[0] != known.batch:
-            known = dataclasses.replace(known, image=(first.shape[0], *known.image[1:]))
-        return serve(known, first, second)
+        spec = specs[direction]
+        if first.shape[0] != spec.batch:
+            spec = dataclasses.replace(spec, image=(first.shape[0], *spec.image[1:]))
+        return serve(spec, first, second)
 
-    result = autograd.convolution(compute, image, weight, spec.direction)
-    return result if bias is None else result + bias.view(-1, *[1] * len(spec.kernel))
+    result = autograd.convolution(compute, image, weight, GRAD_INPUT if geometry.transposed else FORWARD)
+    return result if bias is None else result + bias.view(-1, *[1] * (image.dim() - 2))
+
+
+def _looks(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """All of a tensor that decides its spec."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def _complex(

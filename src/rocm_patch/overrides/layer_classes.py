@@ -13,8 +13,8 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils import parametrize
 
 from rocm_patch.fallback import Conv2dBypassConfig
@@ -152,14 +152,12 @@ def _rebuilt(kind: type, bases: tuple[Any, ...]) -> Any:
 
 def _subclass_of(kind: Any) -> type:
     body: dict[str, Any] = {"__module__": kind.__module__, PATCHED: True}
-    if getattr(kind, "_conv_forward", None) is not None:
+    is_transposed = issubclass(kind, _ConvTransposeNd)
+    if not is_transposed:
         body["_conv_forward"] = serving(kind._conv_forward)
-    if "_conv_forward" not in body or not _is_torchs(kind.forward):
+    # torch.nn's forward of a plain convolution calls the other.
+    if is_transposed or kind.forward.__module__ != _ConvTransposeNd.__module__:
         body["forward"] = serving(kind.forward)
     if getattr(kind, "cls_to_become", None) is not None:  # lazy
         body["cls_to_become"] = served_class(kind.cls_to_become)
     return types.new_class(f"Safe{kind.__name__}", (ServedLayer, kind), {}, lambda names: names.update(body))
-
-
-def _is_torchs(forward: Any) -> bool:
-    return getattr(forward, "__module__", None) == torch.nn.modules.conv.__name__
