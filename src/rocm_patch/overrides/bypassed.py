@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import threading
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -47,17 +48,30 @@ def run(config: Conv2dBypassConfig, function: Callable[..., torch.Tensor], *args
         if _is_exporting() or not _compiler.is_dynamo_compiling() or is_overridden(config):
             return function(*args, **kwargs)
         return _outside_of_graphs(config, function, args, kwargs)
-    if torch._C._get_tracing_state() or _is_in_functorch_1():
+    if _within.config is config or torch._C._get_tracing_state() or _is_in_functorch_1():
         return function(*args, **kwargs)
-    with Bypassing(config):
-        return function(*args, **kwargs)
+    return _in_mode(config, function, args, kwargs)
+
+
+class _Within(threading.local):
+    """What a layer's forward is served as on this thread; the methods of a layer call each other."""
+
+    config: Conv2dBypassConfig | None = None
+
+
+_within = _Within()
 
 
 def _in_mode(
     config: Conv2dBypassConfig, function: Callable[..., torch.Tensor], args: Any, kwargs: Any
 ) -> torch.Tensor:
-    with Bypassing(config):
-        return function(*args, **kwargs)
+    before = _within.config
+    _within.config = config
+    try:
+        with Bypassing(config):
+            return function(*args, **kwargs)
+    finally:
+        _within.config = before
 
 
 # dynamo breaks its graph here, as it does for optimizers; imports torch._dynamo on its first call only.

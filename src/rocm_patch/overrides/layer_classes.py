@@ -11,6 +11,7 @@ import copyreg
 import functools
 import types
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 from torch import nn
@@ -50,6 +51,10 @@ class ServedLayer:
         """Served forms of a program's class are none of its own: its `__init_subclass__` is not told."""
         if cls.__dict__.get(PATCHED) is None:
             super().__init_subclass__(**kwargs)
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Programs replace single layers' `forward` and `_conv_forward`: the whole call is served."""
+        return bypassed.run(config_of(self), super().__call__, *args, **kwargs)  # type: ignore[misc]
 
     def __copy__(self) -> Any:
         replica = object.__new__(type(self))
@@ -97,6 +102,21 @@ def _pickled_as_plain(layer: Any, protocol: Any) -> Any:
     return reduced
 
 
+def _sent(layer: Any) -> Any:
+    """What a layer on its way to a process of the same program says to multiprocessing: there it stays served."""
+    if PATCHED not in layer.__dict__:
+        return layer.__reduce_ex__(4)
+    make, arguments, state, *more = _pickled_as_plain(layer, 4)
+    if make is not copyreg._reconstructor or not isinstance(state, dict):  # type: ignore[attr-defined]
+        return make, arguments, state, *more  # the program's class has its own way
+    own = {name: layer.__dict__[name] for name in (PATCHED, "config") if name in layer.__dict__}
+    return _arrived, arguments[:1], {**state, **own}
+
+
+def _arrived(kind: type) -> Any:
+    return object.__new__(served_class(kind))
+
+
 def forget(layer: nn.Module) -> None:
     """Take out of a layer's attributes what patch_model() has put there."""
     del layer.__dict__[PATCHED]
@@ -118,9 +138,14 @@ def served_class(kind: Any) -> Any:
     if kind not in SERVED:
         if _is_parametrized(kind):
             return _rebuilt(kind, (served_class(kind.__bases__[0]),))
-        SERVED[kind] = _subclass_of(kind)
-        PLAIN[SERVED[kind]] = kind
+        enter(kind, _subclass_of(kind))
     return SERVED[kind]
+
+
+def enter(plain: Any, served: Any) -> None:
+    """Name the class of a plain layer's served form."""
+    SERVED[plain], PLAIN[served] = served, plain
+    ForkingPickler.register(served, _sent)
 
 
 def plain_class(kind: Any) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from rocm_patch.fallback import Conv2dBypassConfig
-from rocm_patch.overrides.layer_classes import PLAIN, SERVED, ServedLayer, serving
+from rocm_patch.overrides.layer_classes import PLAIN, ServedLayer, enter, serving
 from rocm_patch.overrides.layer_dispatch import (
     PATCHED,
     set_config_of_torch_nn,
@@ -93,8 +93,8 @@ SAFE: dict[Any, Any] = {
     nn.ConvTranspose1d: SafeConvTranspose1d, nn.ConvTranspose2d: SafeConvTranspose2d,
     nn.ConvTranspose3d: SafeConvTranspose3d,
 }  # fmt: skip
-SERVED.update(SAFE)
-PLAIN.update({safe: plain for plain, safe in SAFE.items()})
+for _plain, _safe in SAFE.items():
+    enter(_plain, _safe)
 
 
 def patch_torch_nn(config: Conv2dBypassConfig | None = None) -> Entry:
