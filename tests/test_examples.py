@@ -9,7 +9,7 @@ def test_complete_setup_trains_with_0_and_4_workers():
     shown = python(str(ROOT / "examples/complete_setup.py")).stdout
     losses = [float(x) for x in re.findall(r"workers=\d epoch \d: loss ([\d.]+)", shown)]
     assert len(losses) == 6 and losses[-1] < losses[0]
-    assert "1 layers are SafeConv2d" in shown and "im2col" in shown
+    assert "1 layers are Safe ones" in shown and "im2col" in shown
     assert "multiprocessing  applied" in shown and "dataloader       applied" in shown
 
 

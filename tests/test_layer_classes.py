@@ -325,7 +325,8 @@ def child(model, x, queue):
     from rocm_patch.overrides import bypassed
     out = model(x)
     calls = sum(route.calls for part in bypassed.dispatchers() for route in part.routes.taken())
-    queue.put((rocm_patch.model_report(model).replaced, calls, model[0].config.strategy, out.tolist()))
+    config = getattr(model[0], "config", None)
+    queue.put((rocm_patch.model_report(model).replaced, calls, config and config.strategy, out.tolist()))
 if __name__ == "__main__":
     import rocm_patch
     torch.set_num_threads(1)
