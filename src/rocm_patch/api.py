@@ -266,7 +266,7 @@ def bypass_report() -> str:
 
 
 def print_bypass_report(model: Any = None) -> None:
-    """Print `bypass_report()`, and for a model which of its layers are SafeConv2d."""
+    """Print `bypass_report()`, and for a model which of its layers are Safe ones."""
     lines = [bypass_report()]
     if model is not None:
         from rocm_patch.overrides.models import model_report

@@ -222,7 +222,8 @@ def _plan(device: str, specs: Iterable[Any]) -> Plan:
         (spec.to_json(), strategy.name): None
         for spec in specs
         for strategy in (NATIVE, *STRATEGIES)
-        if strategy.rejects(spec) is None
+        # Those that are slow for it serve only when the others have failed: they are proven then.
+        if strategy.rejects(spec) is None and strategy.slow_for(spec) is None
     }
     return Plan(device, tuple(pairs))
 
