@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from rocm_patch.conv import NATIVE, native
-from rocm_patch.conv.call import Geometry, backward_specs, forward_spec
+from rocm_patch.conv.call import Geometry, backward_specs, forward_spec, looks
 from rocm_patch.conv.spec import ConvSpec
 from rocm_patch.routes import Route, Routes, remember
 
@@ -52,7 +52,7 @@ class Dispatcher:
         """`aten::_convolution`: input (N, C, *spatial), weight, bias (K,) -> (N, K, *out)."""
         geometry = (tuple(stride), tuple(padding), tuple(dilation), transposed, tuple(output_padding), groups)
         of_bias = None if bias is None else (bias.shape, bias.dtype)
-        key = (geometry, of_bias, *_looks(input), *_looks(weight), native.cudnn_enabled())
+        key = (geometry, of_bias, *looks(input), *looks(weight), native.cudnn_enabled())
         try:
             route = self._forward[key]
         except KeyError:
@@ -94,7 +94,7 @@ class Dispatcher:
         geometry = (tuple(stride), tuple(padding), tuple(dilation), transposed, tuple(output_padding), groups)
         of_grad = (grad_output.shape, grad_output.dtype)
         wanted = (bool(output_mask[0]), bool(output_mask[1]))
-        key = (geometry, wanted, of_grad, *_looks(input), *_looks(weight), native.cudnn_enabled())
+        key = (geometry, wanted, of_grad, *looks(input), *looks(weight), native.cudnn_enabled())
         try:
             asked = self._backward[key]
         except KeyError:
@@ -133,11 +133,6 @@ class Dispatcher:
 INSIDE: frozenset[CodeType] = frozenset(
     function.__code__ for function in (Dispatcher.convolution, Dispatcher.convolution_backward, Dispatcher.serve)
 )
-
-
-def _looks(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """All of a tensor that decides its route, hashable and quick to read."""
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.layout
 
 
 def report(dispatchers: Sequence[Dispatcher]) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch._prims_common import suggest_memory_format
@@ -36,6 +37,11 @@ class Geometry:
     transposed: bool
     output_padding: tuple[int, ...]
     groups: int
+
+
+def looks(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """All of a tensor that decides its spec, hashable and quick to read."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.layout
 
 
 def forward_spec(

@@ -121,4 +121,4 @@ def _workspace_bytes(spec: ConvSpec, budget: int) -> int:
     return (samples * math.prod(out) * _position_elements(spec) + 8 * math.prod(spec.weight)) * spec.itemsize
 
 
-DEPTHWISE = Strategy("depthwise", _rejects, _slow_for, _run, _workspace_bytes, GEMM_RTOL)
+DEPTHWISE = Strategy("depthwise", _run, _workspace_bytes, GEMM_RTOL, _rejects, _slow_for)

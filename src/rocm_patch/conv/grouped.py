@@ -15,19 +15,15 @@ import torch
 from rocm_patch.conv.im2col import boxes_of, by_boxes, position_elements
 from rocm_patch.conv.phases import grad_input, phases
 from rocm_patch.conv.spec import FORWARD, GRAD_INPUT, ConvSpec
-from rocm_patch.conv.strategy import GEMM_RTOL, SMALL_MAP, Strategy, sum_dtype
+from rocm_patch.conv.strategy import GEMM_RTOL, Strategy, is_small_map, sum_dtype
 from rocm_patch.conv.windows import largest_box, longest_sum, on_output, window_extent, windows
-
-
-def _is_small_map(spec: ConvSpec) -> bool:
-    return spec.batch > 1 and math.prod(spec.out) < SMALL_MAP
 
 
 def _forward(
     spec: ConvSpec, image: torch.Tensor, weight: torch.Tensor, budget: int, into: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The result (N, G K, *out), written into a tensor where one is given."""
-    product_of = _of_all_samples if _is_small_map(spec) else _of_each_sample
+    product_of = _of_all_samples if is_small_map(spec) else _of_each_sample
     filters = weight.reshape(spec.groups, spec.weight[0] // spec.groups, -1)  # (G, K, C R)
     return by_boxes(spec, image, budget, lambda view: product_of(spec, view, filters), into)
 
@@ -51,7 +47,7 @@ def _columns(spec: ConvSpec, view: torch.Tensor) -> torch.Tensor:
 
 
 def _grad_weight(spec: ConvSpec, image: torch.Tensor, grad: torch.Tensor, budget: int) -> torch.Tensor:
-    product_of = _weights_of_all_samples if _is_small_map(spec) else _weights_of_each_sample
+    product_of = _weights_of_all_samples if is_small_map(spec) else _weights_of_each_sample
     total: torch.Tensor | None = None
     for box in boxes_of(spec, budget):
         piece = product_of(spec, windows(spec, image, box), grad[on_output(box)])
@@ -85,10 +81,6 @@ def _rejects(spec: ConvSpec) -> str | None:
     return "there is one group only" if spec.groups == 1 else None
 
 
-def _slow_for(spec: ConvSpec) -> str | None:
-    return None
-
-
 def _workspace_bytes(spec: ConvSpec, budget: int) -> int:
     if spec.direction == GRAD_INPUT:
         weight = math.prod(spec.weight) * spec.itemsize
@@ -108,4 +100,4 @@ def _bytes_of_box(spec: ConvSpec, budget: int) -> int:
     return (samples * (columns + padded + spec.weight[0] * positions) + weights) * spec.itemsize
 
 
-GROUPED = Strategy("grouped", _rejects, _slow_for, _run, _workspace_bytes, GEMM_RTOL)
+GROUPED = Strategy("grouped", _run, _workspace_bytes, GEMM_RTOL, _rejects)

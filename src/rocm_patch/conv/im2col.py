@@ -21,7 +21,7 @@ import torch
 
 from rocm_patch.conv.phases import grad_input, phases
 from rocm_patch.conv.spec import FORWARD, GRAD_INPUT, GRAD_WEIGHT, ConvSpec
-from rocm_patch.conv.strategy import GEMM_RTOL, SMALL_MAP, Strategy, channels_to_rows, empty_result, sum_dtype
+from rocm_patch.conv.strategy import GEMM_RTOL, Strategy, channels_to_rows, empty_result, is_small_map, sum_dtype
 from rocm_patch.conv.windows import (
     Box,
     at,
@@ -55,7 +55,7 @@ def _forward(
     product_of = _planes
     if spec.channels_last:
         product_of = _rows
-    elif spec.batch > 1 and math.prod(spec.out) < SMALL_MAP:
+    elif is_small_map(spec):
         product_of = _one_gemm
     return by_boxes(spec, image, budget, lambda view: product_of(spec, view, weight), into)
 
@@ -195,14 +195,6 @@ def _group_by_group(spec: ConvSpec, first: torch.Tensor, second: torch.Tensor, b
     return result
 
 
-def _rejects(spec: ConvSpec) -> str | None:
-    return None
-
-
-def _slow_for(spec: ConvSpec) -> str | None:
-    return None
-
-
 def _workspace_bytes(spec: ConvSpec, budget: int) -> int:
     if spec.groups > 1:
         part = _of_one_group(spec)
@@ -228,4 +220,4 @@ def _bytes_of_box(spec: ConvSpec, budget: int) -> int:
     return (samples * (columns + padded + spec.weight[0] * positions) + weight) * spec.itemsize
 
 
-IM2COL = Strategy("im2col", _rejects, _slow_for, _run, _workspace_bytes, GEMM_RTOL)
+IM2COL = Strategy("im2col", _run, _workspace_bytes, GEMM_RTOL)

@@ -85,17 +85,9 @@ def _one_direction(spec: ConvSpec, first: torch.Tensor, second: torch.Tensor) ->
     return grads[1]
 
 
-def _rejects(spec: ConvSpec) -> str | None:
-    return None
-
-
-def _slow_for(spec: ConvSpec) -> str | None:
-    return None
-
-
 def _workspace_bytes(spec: ConvSpec, budget: int) -> int:
     # The vendor library decides; torch gives no way to ask beforehand.
     return 0
 
 
-NATIVE = Strategy("native", _rejects, _slow_for, _run, _workspace_bytes, NATIVE_RTOL)
+NATIVE = Strategy("native", _run, _workspace_bytes, NATIVE_RTOL)

@@ -73,10 +73,9 @@ def grad_input(
     forward: Forward, spec: ConvSpec, grad: torch.Tensor, weight: torch.Tensor, budget: int
 ) -> torch.Tensor:
     """grad (N, K, *out) and weight -> (N, C, *spatial), each phase computed by `forward`."""
-    groups, dims = spec.groups, list(range(-len(spec.kernel), 0))
-    by_group = weight.reshape(groups, spec.weight[0] // groups, *spec.weight[1:]).transpose(
-        1, 2
-    )  # (G, C, K, *kernel)
+    dims = list(range(-len(spec.kernel), 0))
+    filters = spec.weight[0] // spec.groups
+    by_group = weight.reshape(spec.groups, filters, *spec.weight[1:]).transpose(1, 2)  # (G, C, K, *kernel)
     found = phases(spec)
     result: torch.Tensor | None = None
     if math.prod(spec.stride) > 1:

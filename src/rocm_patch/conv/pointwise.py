@@ -7,7 +7,7 @@ import math
 import torch
 
 from rocm_patch.conv.spec import FORWARD, GRAD_INPUT, GRAD_WEIGHT, ConvSpec
-from rocm_patch.conv.strategy import GEMM_RTOL, SMALL_MAP, Strategy, channels_to_rows, empty_result, sum_dtype
+from rocm_patch.conv.strategy import GEMM_RTOL, Strategy, channels_to_rows, empty_result, is_small_map, sum_dtype
 from rocm_patch.conv.windows import boxes, largest_box, longest_sum, on_output
 
 
@@ -63,7 +63,7 @@ def _summed_gemms(grad: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
 
 
 def _is_one_gemm(spec: ConvSpec) -> bool:
-    return spec.channels_last or math.prod(spec.out) < SMALL_MAP
+    return spec.channels_last or is_small_map(spec)
 
 
 def _position_elements(spec: ConvSpec) -> int:
@@ -84,10 +84,6 @@ def _rejects(spec: ConvSpec) -> str | None:
     return None
 
 
-def _slow_for(spec: ConvSpec) -> str | None:
-    return None
-
-
 def _workspace_bytes(spec: ConvSpec, budget: int) -> int:
     weight = math.prod(spec.weight)
     if spec.direction == GRAD_WEIGHT:
@@ -100,4 +96,4 @@ def _workspace_bytes(spec: ConvSpec, budget: int) -> int:
     return (copied + weight) * spec.itemsize
 
 
-POINTWISE = Strategy("pointwise", _rejects, _slow_for, _run, _workspace_bytes, GEMM_RTOL)
+POINTWISE = Strategy("pointwise", _run, _workspace_bytes, GEMM_RTOL, _rejects)

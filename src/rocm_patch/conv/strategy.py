@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,14 +13,16 @@ import torch
 from rocm_patch.conv.spec import ConvSpec
 
 
+def _never(spec: ConvSpec) -> str | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Strategy:
     """One convolution algorithm.
 
     Attributes:
         name: its name for ever: stored verdicts and settings use it.
-        rejects: the reason why a spec cannot be computed this way, or None.
-        slow_for: the reason why a later entry of `STRATEGIES` is likely to be faster for a spec, or None.
         run: computes `spec.result` from the two other tensors, in the order image, grad, weight of those
             that are given: (image, weight) forward, (grad, weight) for grad_input, (image, grad) for
             grad_weight. Tensors may be non-contiguous. The result has `spec.result`'s shape and dtype; its
@@ -29,15 +32,17 @@ class Strategy:
             be cut (a layout's copy of the weight, one output position's column) is taken beyond it.
         rtol: bound on the relative error against float64, ||computed - exact|| / ||exact|| (Frobenius),
             per element type.
+        rejects: the reason why a spec cannot be computed this way, or None.
+        slow_for: the reason why a later entry of `STRATEGIES` is likely to be faster for a spec, or None.
         is_approximate: whether its error is larger than that of sums of products (`exact=True` leaves it out).
     """
 
     name: str
-    rejects: Callable[[ConvSpec], str | None]
-    slow_for: Callable[[ConvSpec], str | None]
     run: Callable[[ConvSpec, torch.Tensor, torch.Tensor, int], torch.Tensor]
     workspace_bytes: Callable[[ConvSpec, int], int]
     rtol: Mapping[str, float]
+    rejects: Callable[[ConvSpec], str | None] = _never
+    slow_for: Callable[[ConvSpec], str | None] = _never
     is_approximate: bool = False
 
 
@@ -53,7 +58,12 @@ GEMM_RTOL = {
 # Below so many output positions a GEMM per sample is too small to fill a GPU: all samples go into one, at the price
 # of a transpose. ResNet-50's layers on an H200: at 14x14 and 7x7 one GEMM is faster, at 28x28 and above one per
 # sample.
-SMALL_MAP = 256
+_SMALL_MAP = 256
+
+
+def is_small_map(spec: ConvSpec) -> bool:
+    """Whether the samples of a batch are better put together."""
+    return spec.batch > 1 and math.prod(spec.out) < _SMALL_MAP
 
 
 def sum_dtype(tensor: torch.Tensor) -> torch.dtype:

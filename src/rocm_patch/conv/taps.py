@@ -231,4 +231,4 @@ def _workspace_bytes(spec: ConvSpec, budget: int) -> int:
     return elements * spec.itemsize
 
 
-TAPS = Strategy("taps", _rejects, _slow_for, _run, _workspace_bytes, GEMM_RTOL)
+TAPS = Strategy("taps", _run, _workspace_bytes, GEMM_RTOL, _rejects, _slow_for)

@@ -237,7 +237,13 @@ def _strategy(name: str, side: int) -> Strategy:
         return _computed(spec, first, second, budget, transforms)
 
     return Strategy(
-        name, _rejects, partial(_slow_for, side=side), run, partial(_workspace_bytes, side=side), _RTOL[side], True
+        name,
+        run,
+        partial(_workspace_bytes, side=side),
+        _RTOL[side],
+        _rejects,
+        partial(_slow_for, side=side),
+        is_approximate=True,
     )
 
 

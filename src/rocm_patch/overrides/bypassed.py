@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from rocm_patch.conv import autograd
-from rocm_patch.conv.call import Geometry, forward_spec
+from rocm_patch.conv.call import Geometry, forward_spec, looks
 from rocm_patch.conv.native import cudnn_enabled
 from rocm_patch.conv.spec import DIRECTIONS, FORWARD, GRAD_INPUT, ConvSpec
 from rocm_patch.fallback import Conv2dBypassConfig
@@ -223,7 +223,7 @@ def _real(
     geometry: Geometry,
 ) -> torch.Tensor | None:
     of_bias = None if bias is None else (bias.shape, bias.dtype)
-    key = (geometry, of_bias, *_looks(image), *_looks(weight), cudnn_enabled())
+    key = (geometry, of_bias, *looks(image), *looks(weight), cudnn_enabled())
     try:
         specs = _SPECS[key]
     except KeyError:
@@ -242,11 +242,6 @@ def _real(
 
     result = autograd.convolution(compute, image, weight, GRAD_INPUT if geometry.transposed else FORWARD)
     return result if bias is None else result + bias.view(-1, *[1] * (image.dim() - 2))
-
-
-def _looks(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """All of a tensor that decides its spec."""
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def _complex(
