@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -12,6 +13,9 @@ MACHINES = ROOT / "tests" / "machines"
 PATCHED_VARIABLES = (
     "MIOPEN_DEBUG_CONV_IMPLICIT_GEMM", "HSA_OVERRIDE_GFX_VERSION", "HSA_USE_SVM", "HSA_XNACK",
 )  # fmt: skip
+# A shell's background jobs start with SIGINT ignored, and so would the programs that are interrupted here.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 _outcomes: dict[str, str] = {}
 _SESSION_CACHE = tempfile.TemporaryDirectory(prefix="rocm-patch-tests-")
 
@@ -55,6 +59,17 @@ def _nothing_stays_patched(monkeypatch, tmp_path_factory):
     yield
     if "rocm_patch.api" in sys.modules:
         sys.modules["rocm_patch.api"].disable_all_patches()
+
+
+@pytest.fixture
+def one_thread():
+    """On small tensors the threads of a busy machine wait for each other most of the time."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def pytest_collection_modifyitems(items):

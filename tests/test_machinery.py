@@ -1,6 +1,6 @@
 """The override under autograd, torch.func, autocast, modes, subclasses and processes: served, and as natively.
 
-What compiles is in test_compile.py; strides, empty tensors and errors are at the end.
+What compiles is in test_compile.py; strides and errors have files of their own.
 """
 
 import copy
@@ -17,67 +17,19 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rocm_patch
+from against_native import CONVS, LAST, TRANSPOSED, calls, flat, image, same
 from conftest import python
-from rocm_patch.overrides.aten import ACTIVE
 from rocm_patch.overrides.cudnn_flag import real_flag
 
 ONE = torch.__version__.startswith("1.")
 torch2 = pytest.mark.skipif(ONE, reason="needs torch 2.x")
-CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
-LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 if ONE:
     from functorch import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
     from torch.nn.utils.stateless import functional_call
 else:
     from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """On the small tensors here the threads of a busy machine wait for each other most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def calls():
-    """Calls by direction of the override in force; none of them may have gone to aten."""
-    found = dict.fromkeys(("forward", "grad_input", "grad_weight"), 0)
-    for route in ACTIVE["CPU"].routes.taken():
-        assert route.strategy.name != "native", route
-        found[route.spec.direction] += route.calls
-    return found
-
-
-def flat(value):
-    """The leaves of nested results."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (tuple, list)):
-        return [leaf for part in value for leaf in flat(part)]
-    return [value]
-
-
-def same(function, rtol=1e-9, atol=1e-11):
-    """Run natively, then under the override, and compare all results; returns the calls that were served."""
-    rocm_patch.disable_all_patches()
-    torch.manual_seed(1)
-    native = flat(function())
-    assert rocm_patch.enable_miopen_bypass(backend="cpu")
-    torch.manual_seed(1)
-    ours = flat(function())
-    served = calls()
-    assert len(native) == len(ours)
-    for n, o in zip(native, ours, strict=True):
-        if isinstance(n, torch.Tensor):
-            assert (o.shape, o.dtype, o.layout, o.requires_grad) == (n.shape, n.dtype, n.layout, n.requires_grad)
-            assert n.is_meta or torch.allclose(n, o, rtol, atol), (n - o).abs().max()
-        else:
-            assert n == o
-    return served
 
 
 def network(dtype=torch.float64):
@@ -93,10 +45,6 @@ def network(dtype=torch.float64):
 # The calls of one forward, and of one forward and backward, of the network.
 FORWARD = {"forward": 3, "grad_input": 1, "grad_weight": 0}
 STEP = {"forward": 4, "grad_input": 4, "grad_weight": 4}
-
-
-def image(*shape, dtype=torch.float64):
-    return torch.randn(*(shape or (2, 3, 8, 8)), generator=torch.Generator().manual_seed(2), dtype=dtype)
 
 
 def step(net, x, loss=lambda out: out.square().sum()):
@@ -741,176 +689,3 @@ def test_distributed_data_parallel_trains_as_one_native_process(tmp_path):
         for parameters in results:
             for single, parallel in zip(alone, parameters, strict=True):
                 assert torch.allclose(single, parallel, 1e-9, 1e-12)
-
-
-# Strides and types
-
-
-def layouts(dims):
-    """Ways to lay out a tensor (a, b, *spatial), values kept but where expanded."""
-    found = {
-        "contiguous": lambda t: t,
-        "spatial outermost": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
-        "expanded": lambda t: t[:1, :1].expand_as(t),
-        "with an offset": lambda t: torch.cat([t, t], -1)[..., t.shape[-1] - 1 : -1],
-        "every second": lambda t: torch.stack([t, t], -1)[..., 1],
-    }
-    if dims in LAST:
-        found["channels last"] = lambda t: t.contiguous(memory_format=LAST[dims])
-        found["some channels of channels last"] = lambda t: torch.cat([t, t], 1).contiguous(memory_format=LAST[dims])[
-            :, 1 : 1 + t.shape[1]
-        ]
-    return found
-
-
-def of_every_size(dims):
-    """(batch, in, out, groups, spatial, kernel)"""
-    spatial, three, one = (5, 6, 4)[:dims], (3,) * dims, (1,) * dims
-    return [
-        (2, 4, 6, 1, spatial, three), (2, 4, 6, 2, spatial, three), (2, 4, 4, 4, spatial, three),
-        (1, 4, 6, 1, spatial, three), (2, 1, 6, 1, spatial, three), (2, 4, 1, 1, spatial, three),
-        (1, 1, 1, 1, spatial, three), (2, 4, 6, 1, spatial, one), (2, 4, 6, 1, one, one),
-        (1, 4, 6, 1, one, three), (2, 1, 1, 1, one, one), (1, 4, 6, 2, (*spatial[:-1], 1), (*one[:-1], 3)),
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("dims", [1, 2, 3])
-def test_results_and_gradients_have_natives_strides_whatever_the_layout(dims, transposed):
-    conv = (TRANSPOSED if transposed else CONVS)[dims]
-    runs = {}
-    for batch, into, out, groups, spatial, kernel in of_every_size(dims):
-        x = image(batch, into, *spatial, dtype=torch.float32)
-        shape = (into, out // groups) if transposed else (out, into // groups)
-        w, b = image(*shape, *kernel, dtype=torch.float32), image(out, dtype=torch.float32)
-        padding = [k // 2 for k in kernel]
-        for (of_x, lay_x), (of_w, lay_w) in itertools.product(layouts(dims).items(), repeat=2):
-            name = (tuple(x.shape), of_x, tuple(w.shape), of_w)
-            runs[name] = ((lay_x(x), lay_w(w), b), {"padding": padding, "groups": groups})
-
-    def run(given, options):
-        operands = [t.detach().requires_grad_() for t in given]
-        y = conv(*operands, **options)
-        return [y, *torch.autograd.grad(y, operands, torch.ones(y.shape))]
-
-    rocm_patch.disable_all_patches()
-    native = {name: run(*arguments) for name, arguments in runs.items()}
-    rocm_patch.enable_miopen_bypass(backend="cpu")
-    ours = {name: run(*arguments) for name, arguments in runs.items()}
-    assert sum(calls().values()) == 3 * len(runs)
-    different = []
-    for name in runs:
-        for what, n, o in zip(("result", "of input", "of weight", "of bias"), native[name], ours[name], strict=True):
-            assert o.dtype == n.dtype and torch.allclose(n, o, 1e-4, 1e-4), (name, what)
-            # In a dimension of one, the gradient of a weight has what stride oneDNN happens to give it.
-            looked_at = [i for i, size in enumerate(n.shape) if size > 1 or what != "of weight"]
-            if any(o.stride(i) != n.stride(i) for i in looked_at):
-                different.append((what, *name, "native", n.stride(), "ours", o.stride()))
-    assert not different, f"{len(different)} differ, the first are {different[:3]}"
-
-
-# Errors
-
-
-def bad_and_border_calls(dims, transposed):
-    """name -> a call that aten refuses, or takes at the border of what it takes."""
-    conv = (TRANSPOSED if transposed else CONVS)[dims]
-
-    def x(batch=1, channels=4, size=6):
-        return torch.ones(batch, channels, *[size] * dims)
-
-    def weight(into=4, out=6, size=3):
-        return torch.ones(*((into, out) if transposed else (out, into)), *[size] * dims)
-
-    w, b = weight(), torch.ones(6)
-    operands = {
-        "channels do not fit": (x(channels=3), w),
-        "unbatched, channels do not fit": (x(channels=3)[0], w),
-        "unbatched, a dimension missing": (x()[0, 0], w),
-        "an unbatched empty image": (torch.ones(0, *[6] * dims), w),
-        "weight with a dimension less": (x(), w[..., 0]),
-        "weight with a dimension more": (x(), w[..., None]),
-        "scalar weight": (x(), torch.ones(())),
-        "scalar input": (torch.ones(()), w),
-        "6-d input": (torch.ones(1, 1, 1, 4, 6, 6), w),
-        "6-d input and weight": (torch.ones(1, 4, 6, 6, 6, 6), torch.ones(4, 4, 3, 3, 3, 3)),
-        "bias of another size": (x(), w, torch.ones(5)),
-        "bias of two dimensions": (x(), w, torch.ones(6, 1)),
-        "scalar bias": (x(), w, torch.ones(())),
-        "bias of another type": (x(), w, b.double()),
-        "bias of half type": (x(), w, b.half()),
-        "float32 bias to bfloat16": (x().bfloat16(), w.bfloat16(), b),
-        "float64 weight": (x(), w.double()),
-        "float64 input": (x().double(), w),
-        "float16 input": (x().half(), w),
-        "bfloat16 weight": (x(), w.bfloat16()),
-        "meta input": (x().to("meta"), w),
-        "int8": (x().to(torch.int8), w.to(torch.int8)),
-        "int64": (x().long(), w.long()),
-        "int64 input": (x().long(), w),
-        "bool": (x() > 0, w > 0),
-        "complex input": (x().to(torch.complex64), w),
-        "complex weight": (x(), w.to(torch.complex64)),
-        "complex bias": (x(), w, b.to(torch.complex64)),
-        "real bias to complex": (x().to(torch.complex64), w.to(torch.complex64), b),
-        "sparse input": (x().to_sparse(), w),
-        "sparse weight": (x(), w.to_sparse()),
-        "sparse bias": (x(), w, b.to_sparse()),
-        "no weight": (x(), None),
-        "no input": (None, w),
-        "empty batch": (x(batch=0), w, b),
-        "empty batch, channels do not fit": (x(batch=0, channels=3), w),
-        "no channels": (x(channels=0), weight(into=0)),
-        "no channels, but in the weight": (x(channels=0), w),
-        "no filters": (x(), weight(out=0)),
-        "no filters, no biases": (x(), weight(out=0), b[:0]),
-        "kernel of no size": (x(), weight(size=0)),
-        "image of no size": (x(size=0), w),
-        "kernel larger than the image": (x(size=2), weight(size=9)),
-    }
-    found = {name: (given, {}) for name, given in operands.items()}
-    options = {
-        "negative padding": {"padding": -1}, "zero stride": {"stride": 0}, "negative stride": {"stride": -1},
-        "zero dilation": {"dilation": 0}, "negative dilation": {"dilation": -2},
-        "zero groups": {"groups": 0}, "negative groups": {"groups": -1}, "groups do not divide": {"groups": 3},
-        "groups do not fit": {"groups": 2}, "fractional stride": {"stride": 1.5}, "unknown padding": {"padding": "?"},
-        "padding same with a stride": {"padding": "same", "stride": 2},
-        "a stride too many": {"stride": [1] * (dims + 1)}, "a padding too many": {"padding": [1] * (dims + 1)},
-        "a dilation too many": {"dilation": [1] * (dims + 1)}, "large padding": {"padding": 4},
-        "dilated beyond the image": {"dilation": 4},
-    }  # fmt: skip
-    if transposed:
-        options |= {
-            "output_padding as large as the stride": {"stride": 2, "output_padding": 2},
-            "output_padding without stride": {"output_padding": 1},
-            "output_padding below the dilation": {"dilation": 2, "output_padding": 1},
-            "negative output_padding": {"stride": 2, "output_padding": -1},
-            "an output_padding too many": {"stride": 2, "output_padding": [1] * (dims + 1)},
-            "negative output": {"padding": 9}, "output of no size": {"padding": 4},
-        }  # fmt: skip
-    found |= {name: ((x(), w, b), given) for name, given in options.items()}
-    found |= {f"image of no size, padding {p}": ((x(size=0), w), {"padding": p}) for p in (1, 2)}
-    return {name: lambda given=given, o=o: conv(*given, **o) for name, (given, o) in found.items()}
-
-
-def outcome(call):
-    try:
-        out = call()
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:  # NotImplementedError is a RuntimeError
-        return type(error).__name__, str(error)
-    values = out.detach().double().flatten().tolist() if out.dtype.is_floating_point and not out.is_meta else None
-    return out.shape, out.stride(), out.dtype, out.layout, out.device, values and [round(v, 2) for v in values]
-
-
-@pytest.mark.filterwarnings("ignore:Casting complex values:UserWarning")
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("dims", [1, 2, 3])
-def test_bad_calls_fail_as_natively_and_border_calls_succeed_as_natively(dims, transposed):
-    table = bad_and_border_calls(dims, transposed)
-    rocm_patch.disable_all_patches()
-    native = {name: outcome(call) for name, call in table.items()}
-    rocm_patch.enable_miopen_bypass(backend="cpu")
-    ours = {name: outcome(call) for name, call in table.items()}
-    assert ours == native
-    assert sum(isinstance(first, str) for first, *_ in native.values()) > 40
-    assert sum(calls().values()) > 0

@@ -77,8 +77,8 @@ def test_a_program_that_was_stopped_has_not_had_the_time(tmp_path, work):
         time.sleep(9)
         process.send_signal(signal.SIGCONT)
 
-    # Of the nine seconds five count, which is less than the limit of seven; then it goes on sleeping.
-    assert watch(work, tmp_path, still=7.0, seconds=11.0, during=stop) == "None"
+    # Of the nine seconds five count, which is less than the limit of seven.
+    assert watch(work, tmp_path, still=7.0, seconds=9.6, during=stop) == "None"
 
 
 def test_a_process_that_has_ended_makes_none():
