@@ -10,18 +10,16 @@ anything that is asserted here does not hold. Every failure in every direction i
 from __future__ import annotations
 
 import json
-import math
 import os
-import platform
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 import torch.nn.functional as F
 
@@ -318,33 +316,13 @@ def check_flag_and_its_other_users() -> dict[str, Any]:
     return results
 
 
-def main() -> None:
-    out: dict[str, Any] = {
-        "command": "python benchmarks/gpu_guard.py OUT.json",
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "cudnn": torch.backends.cudnn.version(),
-        "python": platform.python_version(),
-        "checks": {},
-        "failed": [],
-    }
+def main() -> int:
+    chosen = harness.parser(__doc__).parse_args()
     gpu_answers()
-    for name, check in list(globals().items()):
-        if not name.startswith("check_") or (len(sys.argv) > 2 and not any(word in name for word in sys.argv[2:])):
-            continue
-        start = time.perf_counter()
-        try:
-            out["checks"][name] = {"result": check()}
-        except Exception:
-            out["failed"].append(name)
-            out["checks"][name] = {"error": traceback.format_exc()}
-        out["checks"][name]["seconds"] = round(time.perf_counter() - start, 1)
-        print(name, "FAILED" if name in out["failed"] else "ok", out["checks"][name]["seconds"], flush=True)
-        text = json.dumps(out, indent=1, default=lambda value: str(value))
-        Path(sys.argv[1]).write_text(text.replace("NaN", "null") + "\n")
-    assert not math.isnan(gpu_answers())
-    sys.exit(bool(out["failed"]))
+    status = harness.run_all(globals(), chosen)
+    gpu_answers()
+    return status
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

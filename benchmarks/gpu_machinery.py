@@ -11,23 +11,19 @@ to try the script itself.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import gc
-import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
-import time
-import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -36,11 +32,6 @@ import rocm_patch
 from rocm_patch.overrides.aten import ACTIVE
 
 DEVICE = "cuda"
-Check = Callable[[], dict[str, Any]]
-
-
-class NotRunError(Exception):
-    """This machine cannot show it: the reason."""
 
 
 def backend() -> str:
@@ -85,7 +76,7 @@ def synchronize() -> None:
 
 def needs_gpu() -> None:
     if DEVICE == "cpu":
-        raise NotRunError("needs a GPU")
+        raise harness.NotRunError("needs a GPU")
 
 
 def relative(result: torch.Tensor, expected: torch.Tensor) -> float:
@@ -300,7 +291,9 @@ def natively_first(run: Callable[[], Any]) -> Any:
     try:
         return run()
     except Exception as error:
-        raise NotRunError(f"fails natively on this machine: {type(error).__name__}: {str(error)[:800]}") from error
+        raise harness.NotRunError(
+            f"fails natively on this machine: {type(error).__name__}: {str(error)[:800]}"
+        ) from error
 
 
 def check_cpp_wrapper() -> dict[str, Any]:
@@ -403,7 +396,9 @@ def check_aot_inductor() -> dict[str, Any]:
         for chosen in ("native", backend()):
             done = run_program(AHEAD_OF_TIME, DEVICE, chosen, folder, str(Path(__file__).resolve().parent))
             if done.returncode and chosen == "native":
-                raise NotRunError(f"fails natively here (exit code {done.returncode}): {done.stderr.strip()[-300:]}")
+                raise harness.NotRunError(
+                    f"fails natively here (exit code {done.returncode}): {done.stderr.strip()[-300:]}"
+                )
             assert done.returncode == 0, done.stderr[-2000:]
             made[chosen] = torch.load(Path(folder) / f"{chosen}.pt")
     (_, strides, expected, _), (ours, our_strides, _, calls) = made.values()
@@ -598,7 +593,7 @@ if __name__ == "__main__":
 def check_distributed_data_parallel() -> dict[str, Any]:
     """Two processes with a GPU each under `rocm-patch run` train to what one does natively with the whole batch."""
     if DEVICE == "cuda" and torch.cuda.device_count() < 2:
-        raise NotRunError("one GPU")
+        raise harness.NotRunError("one GPU")
     names: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "program.py"
@@ -677,47 +672,12 @@ def check_memory() -> dict[str, Any]:
 
 def main() -> int:
     global DEVICE
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
+    parser = harness.parser(__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--only", action="append", default=[], metavar="CHECK", help="part of a check's name")
     chosen = parser.parse_args()
     DEVICE = chosen.device
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    results: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(0) if DEVICE == "cuda" else platform.processor() or "cpu",
-        "gpus": torch.cuda.device_count(),
-        "versions": {
-            "torch": torch.__version__,
-            "hip": torch.version.hip,
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-            "python": platform.python_version(),
-            "rocm_patch": rocm_patch.__version__,
-        },
-        "command": "python benchmarks/gpu_machinery.py OUT.json",
-        "checks": {},
-    }
-    checks: dict[str, Check] = {name: check for name, check in globals().items() if name.startswith("check_")}
-    failed = []
-    for name, check in checks.items():
-        if chosen.only and not any(part in name for part in chosen.only):
-            continue
-        start = time.perf_counter()
-        try:
-            row = {"verdict": "ok", **check()}
-        except NotRunError as reason:
-            row = {"verdict": f"not run: {reason}"}
-        except Exception:
-            row = {"verdict": "FAILED", "traceback": traceback.format_exc()}
-            failed.append(name)
-        off()
-        row["seconds"] = round(time.perf_counter() - start, 1)
-        results["checks"][name] = row
-        print(f"{name}: {row['verdict']} ({row['seconds']} s)\n{row.get('traceback', '')}", end="", flush=True)
-        chosen.out.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"{len(failed)} failed")
-    return 1 if failed else 0
+    return harness.run_all(globals(), chosen, DEVICE)
 
 
 if __name__ == "__main__":

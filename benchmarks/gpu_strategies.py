@@ -7,20 +7,15 @@ Needs a CUDA or ROCm build of torch with a visible GPU. Exits 1 if anything that
 
 from __future__ import annotations
 
-import json
 import math
-import platform
 import sys
-import time
-import traceback
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 import torch.nn.functional as F
 
-import rocm_patch
 from rocm_patch.conv import NATIVE, STRATEGIES
 from rocm_patch.conv.cases import CASES, LAYERS, Case
 from rocm_patch.conv.spec import DIRECTIONS, ConvSpec
@@ -210,33 +205,7 @@ def check_sizes_beyond_32_bits() -> dict[str, Any]:
 def main() -> int:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)
-    results: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(0),
-        "versions": {
-            "torch": torch.__version__,
-            "hip": torch.version.hip,
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-            "python": platform.python_version(),
-            "rocm_patch": rocm_patch.__version__,
-        },
-        "command": "python benchmarks/gpu_strategies.py OUT.json",
-    }
-    failed = []
-    for name, check in list(globals().items()):
-        if name.startswith("check_"):
-            start = time.perf_counter()
-            try:
-                results[name] = check()
-                verdict = "ok"
-            except Exception:
-                results[name] = {"failed": traceback.format_exc()}
-                failed.append(name)
-                verdict = "FAILED\n" + traceback.format_exc()[-3000:]
-            print(f"{name}: {verdict} ({time.perf_counter() - start:.1f} s)", flush=True)
-            Path(sys.argv[1]).write_text(json.dumps(results, indent=1) + "\n")
-    print(f"{len(failed)} failed")
-    return 1 if failed else 0
+    return harness.run_all(globals(), harness.parser(__doc__).parse_args())
 
 
 if __name__ == "__main__":
