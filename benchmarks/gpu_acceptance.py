@@ -20,6 +20,7 @@ from typing import Any
 import harness
 import torch
 import torch.nn.functional as F
+import training_drift
 
 import rocm_patch
 from rocm_patch.conv.cases import CASES, LAYERS
@@ -97,9 +98,10 @@ def check_training_equals_native() -> dict[str, Any]:
     """20 steps of the digits network and of ResNet-18, TF32 off: losses within 1e-4 of native's.
 
     A ResNet that learns from scratch is chaotic: its float32 gradients are off from float64's by up to 1 % whoever
-    computes them (`resnet18_gradient_error`), and at a learning rate of 1e-3 two implementations of the vendor's
-    own part within 20 steps. So the bound is asserted in float64 at that rate, and in float32 at one where rounding
-    is not amplified; the float32 run at 1e-3 is recorded beside the drift of aten's slow kernels.
+    computes them (`resnet18_gradient_error`). At a learning rate of 1e-3 a difference of one rounding grows three
+    times a step, in float64 too, until it turns the sign of a ReLU's input and jumps (training_drift.py). So all 20
+    steps are asserted at rates where that does not happen; at 1e-3 the first gradient and the first 8 steps are, far
+    tighter, and the rest is recorded beside a native training that started one rounding apart.
     """
     sys.path.insert(0, str(ROOT / "examples"))
     import torchvision
@@ -109,13 +111,7 @@ def check_training_equals_native() -> dict[str, Any]:
     torch.backends.cudnn.deterministic = True
     loader = torch.utils.data.DataLoader(train_digits.make_datasets(0)[0], batch_size=64)
     digits = [(x.cuda(), y.cuda()) for x, y in loader]
-    # ResNet-18 sees the same digits, enlarged, in three channels, with noise so that no two pixels tie.
-    generator = torch.Generator("cuda").manual_seed(0)
-    pictures = []
-    for x, y in digits:
-        large = F.interpolate(x, size=(224, 224), mode="bilinear").expand(-1, 3, -1, -1)
-        noise = 0.1 * torch.randn(large.shape, generator=generator, device="cuda")
-        pictures.append((large + noise, y))
+    pictures = training_drift.pictures("cuda")
 
     def resnet() -> Any:
         return torchvision.models.resnet18(num_classes=10)
@@ -123,7 +119,7 @@ def check_training_equals_native() -> dict[str, Any]:
     programs: dict[str, tuple[Any, list[Any], float, torch.dtype, bool]] = {
         "train_digits float32 lr 1e-2": (train_digits.make_model, digits, 1e-2, torch.float32, True),
         "resnet18 float32 lr 1e-5": (resnet, pictures, 1e-5, torch.float32, True),
-        "resnet18 float64 lr 1e-3": (resnet, pictures, 1e-3, torch.float64, True),
+        "resnet18 float64 lr 1e-4": (resnet, pictures, 1e-4, torch.float64, True),
         "resnet18 float32 lr 1e-3": (resnet, pictures, 1e-3, torch.float32, False),
     }
     vendor_off_flags = {"enabled": False, "deterministic": True, "allow_tf32": False}
@@ -156,6 +152,7 @@ def check_training_equals_native() -> dict[str, Any]:
     on()
     ours_exact, ours_gradients = gradients(torch.float64), gradients(torch.float32)
     off()
+    report["resnet18 float64 lr 1e-3"] = training_drift.side_by_side(pictures, 20, 1e-3, BACKEND)
     report["resnet18_gradient_difference_float64"] = {
         name: relative(ours_exact[name], exact[name]) for name in exact if name.endswith("weight")
     }
@@ -167,6 +164,8 @@ def check_training_equals_native() -> dict[str, Any]:
         for name in ("conv1.weight", "layer1.0.conv1.weight", "layer4.1.conv2.weight", "fc.weight")
     }
     torch.backends.cudnn.deterministic = False
+    assert max(report["resnet18_gradient_difference_float64"].values()) <= 1e-11, report
+    assert all(row["ours"]["loss"] <= 1e-10 for row in report["resnet18 float64 lr 1e-3"][:8]), report
     asserted_rows = [report[name] for name in programs if report[name]["asserted"]]
     assert all(row["worst_relative_difference"] <= 1e-4 for row in asserted_rows), report
     return report
