@@ -152,7 +152,7 @@ def check_training_equals_native() -> dict[str, Any]:
     on()
     ours_exact, ours_gradients = gradients(torch.float64), gradients(torch.float32)
     off()
-    report["resnet18 float64 lr 1e-3"] = training_drift.side_by_side(pictures, 20, 1e-3, BACKEND)
+    report["resnet18 float64 lr 1e-3"] = list(training_drift.side_by_side(pictures, 20, 1e-3, BACKEND))
     report["resnet18_gradient_difference_float64"] = {
         name: relative(ours_exact[name], exact[name]) for name in exact if name.endswith("weight")
     }

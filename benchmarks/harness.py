@@ -22,11 +22,11 @@ class NotRunError(Exception):
     """This machine cannot show it: the reason."""
 
 
-def about(script: str, device: str = "cuda") -> dict[str, Any]:
-    """What a file of results begins with: device, versions, and the command that repeats it."""
+def about(script: str, device: str = "cuda", *options: str) -> dict[str, Any]:
+    """What a file of results begins with: device, versions, and the command that repeats it, with its options."""
     on_gpu = device == "cuda"
     return {
-        "command": f"python benchmarks/{Path(script).name} OUT.json",
+        "command": " ".join(["python", f"benchmarks/{Path(script).name}", "OUT.json", *options]),
         "device": torch.cuda.get_device_name(0) if on_gpu else platform.processor() or "cpu",
         "gpus": torch.cuda.device_count() if on_gpu else 0,
         "versions": {
