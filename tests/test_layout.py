@@ -10,7 +10,7 @@ from conftest import ROOT, python
 PACKAGE = ROOT / "src" / "rocm_patch"
 # Imports point only to rooms further up in this list.
 ROOMS = (
-    "_version", "errors", "settings", "fallback", "machine", "conv", "trust", "routes", "dispatch", "workers",
+    "_version", "errors", "settings", "fallback", "machine", "child", "conv", "trust", "routes", "dispatch", "workers",
     "overrides", "launch", "api", "miopen_bypass", "tools", "cli", "__main__",
 )  # fmt: skip
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if "launch/site" not in str(path))

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_PACKAGE = Path(__file__).resolve().parents[1]
+_PACKAGE = Path(__file__).resolve().parent
 # Takes rocm_patch from where this one lies, since the child's Python may have none or another (ours came by pipx),
 # and nothing else from there. Leaves the current folder out of the search.
 _PROGRAM = """
@@ -31,7 +31,7 @@ spec = importlib.util.spec_from_file_location(
 )
 sys.modules["rocm_patch"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["rocm_patch"])
-importlib.import_module("rocm_patch.trust.child").become_child(int(requests), int(answers), int(owner))
+importlib.import_module("rocm_patch.child").become_child(int(requests), int(answers), int(owner))
 importlib.import_module(module).main(int(requests), int(answers), *arguments)
 """
 # How often a line or the child's end is looked for.
