@@ -24,12 +24,12 @@ import torch
 import torch.nn.functional as F
 
 import rocm_patch
+from rocm_patch.child import Child
 from rocm_patch.conv import STRATEGIES
 from rocm_patch.conv.cases import CASES, Case
 from rocm_patch.conv.spec import DIRECTIONS
 from rocm_patch.overrides.aten import ACTIVE
 from rocm_patch.tools import demo
-from rocm_patch.child import Child
 from rocm_patch.trust.progress import Limits
 from rocm_patch.trust.sandbox import Sandbox
 from rocm_patch.trust.store import Store

@@ -196,7 +196,7 @@ def test_the_log_variable_speaks_on_stderr():
         "torch.conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 2, 2))\n"
     )
     done = python("-c", code, ROCM_PATCH_LOG="info")
-    assert done.stderr.strip() == "rocm-patch: forward 1x1x3x3 by 1x1x2x2 float32 cpu -> im2col (policy bypass)"
+    assert done.stderr.strip() == "rocm-patch: forward 1x1x3x3 by 1x1x2x2 float32 cpu -> depthwise (policy bypass)"
     assert python("-c", code).stderr == ""
 
 
@@ -210,4 +210,4 @@ def test_print_bypass_report(capsys):
     rocm_patch.print_bypass_report(nn.Sequential(nn.Conv2d(1, 1, 1)))
     out = capsys.readouterr().out
     assert "0 layers are Safe ones, 1 convolution layers were left" in out
-    assert "3  im2col     forward 1x1x19x23 by 1x1x2x2 float32 cpu (policy bypass)" in out
+    assert "3  depthwise  forward 1x1x19x23 by 1x1x2x2 float32 cpu (policy bypass)" in out

@@ -36,7 +36,7 @@ def script(tmp_path):
 def test_a_plain_script_is_patched(script):
     path = script(SERVED + "print(served)")
     assert python(path).stdout == "[]\n"
-    assert rocm_patch(*RUN, path).stdout == "['im2col']\n"
+    assert rocm_patch(*RUN, path).stdout == "['depthwise']\n"
 
 
 def test_one_line_says_what_is_on_and_q_silences_it(script):
@@ -125,7 +125,7 @@ def test_children_of_every_kind_are_patched(script):
         """
     )
     done = rocm_patch(*RUN, path, PATH=os.path.dirname(sys.executable) + ":" + os.environ["PATH"])  # noqa: PTH120
-    assert done.stdout == "['im2col']\n" * 5
+    assert done.stdout == "['depthwise']\n" * 5
 
 
 def test_isolated_children_start_unchanged(script):
@@ -142,8 +142,8 @@ def test_a_command_is_run_and_its_python_children_are_patched(script):
     path = script(SERVED + "print(served)")
     shell = script(f'#!/bin/sh\nexec {sys.executable} {path} "$@"\n', "start.sh")
     os.chmod(shell, 0o755)  # noqa: PTH101
-    assert rocm_patch(*RUN, "--", shell).stdout == "['im2col']\n"
-    assert rocm_patch(*RUN, "--", sys.executable, path).stdout == "['im2col']\n"
+    assert rocm_patch(*RUN, "--", shell).stdout == "['depthwise']\n"
+    assert rocm_patch(*RUN, "--", sys.executable, path).stdout == "['depthwise']\n"
     assert rocm_patch(*RUN, "--", "sh", "-c", "exit 9", check=False).returncode == 9
 
 
@@ -284,7 +284,7 @@ def test_a_broken_sitecustomize_is_pythons_affair(script, tmp_path):
     plain = python(path, PYTHONPATH=str(tmp_path / "site"))
     patched = rocm_patch("run", "-q", "--backend", "cpu", path, PYTHONPATH=str(tmp_path / "site"))
     assert "ValueError: mine" in plain.stderr
-    assert patched.stdout == "['im2col']\n"
+    assert patched.stdout == "['depthwise']\n"
     # Once for the launcher's own Python, which has no hook, and once for the program's.
     own, ours = patched.stderr[: len(plain.stderr)], patched.stderr[len(plain.stderr) :]
     assert own == plain.stderr and ours.endswith(plain.stderr)
@@ -308,7 +308,7 @@ def test_a_python_without_rocm_patch_is_patched_by_the_launchers_own(script, tmp
     (site / "rest.pth").write_text("\n".join(dict.fromkeys([*rows, folder])))
     path = script(SERVED + "print(served, sys.modules['rocm_patch'].__file__ if served else None)")
     done = rocm_patch(*RUN, path, VIRTUAL_ENV=str(environment))
-    assert done.stdout == f"['im2col'] {ROOT / 'src/rocm_patch/__init__.py'}\n"
+    assert done.stdout == f"['depthwise'] {ROOT / 'src/rocm_patch/__init__.py'}\n"
     plain = subprocess.run(
         [str(environment / "bin/python"), "-c", "import rocm_patch"], env=clean_environ(), check=False
     )

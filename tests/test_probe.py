@@ -84,8 +84,9 @@ def test_a_models_specs_are_those_that_the_dispatcher_meets(index, channels_last
 def test_a_model_is_proven_once(tmp_path):
     code, rows, _ = probe(tmp_path, "nets:small", "--input", "2x3x8x8")
     assert code == 0 and {row["kind"] for row in rows} == {"ok"} and all(row["is_new"] for row in rows)
-    assert {row["strategy"] for row in rows} == {"native", "im2col", "pointwise"}
-    assert len(rows) == 3 * 5  # two convolutions in three directions: two ways for the first, three for the second
+    # Two convolutions in three directions: natively, and in the ways that are likely to be fast.
+    assert {row["strategy"] for row in rows} >= {"native", "im2col", "pointwise"}
+    assert sum(row["strategy"] == "native" for row in rows) == 2 * 3 and len(rows) >= 2 * 3 * 2
     assert all(row["seconds"] > 0 and row["error"] < 1e-4 for row in rows)
     code, again, _ = probe(tmp_path, "nets:small", "--input", "2x3x8x8")
     assert code == 0 and not any(row["is_new"] for row in again)
@@ -131,7 +132,7 @@ def test_two_inputs_and_half_types(tmp_path):
         "--dtype",
         "float64",
     )
-    assert len(rows) == 2 * 3 * 2 and {row["label"].split()[-2] for row in rows} == {"bfloat16", "float64"}
+    assert len(rows) >= 2 * 3 * 2 and {row["label"].split()[-2] for row in rows} == {"bfloat16", "float64"}
     bad = {(row["direction"], row["strategy"], row["label"].split()[-2]) for row in rows if row["kind"] != "ok"}
     # torch 1.13's transposed convolution in bfloat16 raises or is wrong on the CPU.
     is_old = torch.__version__.startswith("1.")
@@ -202,7 +203,7 @@ def test_the_table_names_what_failed(tmp_path):
         check=False, ROCM_PATCH_CACHE_DIR=str(tmp_path / "cache"), ROCM_PATCH_FAULT="nan:forward",
     )  # fmt: skip
     assert done.returncode == 1
-    assert "forward      native     2 wrong" in done.stdout and "15 proven, 0 of them before; 2 failed" in done.stdout
+    assert "forward      native     2 wrong" in done.stdout and " proven, 0 of them before; 2 failed" in done.stdout
     assert "wrong    native     forward 2x3x8x8 by 4x3x3x3" in done.stdout
 
 

@@ -15,6 +15,7 @@ import torch
 
 from rocm_patch.conv import NATIVE, native
 from rocm_patch.conv.call import Geometry, backward_specs, forward_spec, looks
+from rocm_patch.conv.fused import SHARED_COPIES
 from rocm_patch.conv.spec import ConvSpec
 from rocm_patch.routes import Route, Routes, remember
 
@@ -105,20 +106,22 @@ class Dispatcher:
             return by_native(*output_mask)
 
         of_input, of_weight = asked
-        grads = self.routes.natives_at_once(asked, partial(by_native, *output_mask))
-        if grads is not None:
-            return grads  # type: ignore[no-any-return]
+        if (of_input or of_weight).strategy is NATIVE:  # type: ignore[union-attr]
+            grads = self.routes.natives_at_once(asked, partial(by_native, *output_mask))
+            if grads is not None:
+                return grads  # type: ignore[no-any-return]
         factors = (input, weight)
         if input.is_complex():
             factors = (input.conj().resolve_conj(), weight.conj().resolve_conj())
         input_grad = weight_grad = bias_grad = None
-        if of_input is not None:
-            input_grad = self.routes.serve(
-                of_input, lambda: by_native(True, False, False)[0], grad_output, factors[1]
-            )
-        if of_weight is not None:
-            image, grad = (grad_output, factors[0]) if transposed else (factors[0], grad_output)
-            weight_grad = self.routes.serve(of_weight, lambda: by_native(False, True, False)[1], image, grad)
+        with SHARED_COPIES:
+            if of_input is not None:
+                input_grad = self.routes.serve(
+                    of_input, lambda: by_native(True, False, False)[0], grad_output, factors[1]
+                )
+            if of_weight is not None:
+                image, grad = (grad_output, factors[0]) if transposed else (factors[0], grad_output)
+                weight_grad = self.routes.serve(of_weight, lambda: by_native(False, True, False)[1], image, grad)
         if output_mask[2]:
             bias_grad = grad_output.sum([0, *range(2, grad_output.dim())])
         return input_grad, weight_grad, bias_grad

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +19,12 @@ from rocm_patch.trust.fault import Fault
 from rocm_patch.trust.guard import Guard, is_capturing, is_earlier_fault
 from rocm_patch.trust.native_errors import blame
 from rocm_patch.trust.store import Verdict
+from rocm_patch.tuning import Tuner
+
+# Under `torch.use_deterministic_algorithms(True)` torch refuses matrix products on a GPU unless this variable
+# promises a fixed workspace; a program that has convolutions only need not have set it. The value is one of the two
+# that torch's message names. Not set before it is needed: with it every product took 39 us more on an H200's host.
+_WORKSPACE_VARIABLE, _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
 
 # Programs with ever new shapes must not grow the tables for ever.
 MOST_ENTRIES = 8192
@@ -36,6 +43,8 @@ class Route:
         calls: how many calls took this route.
         proven: whether the strategy runs without the guard's ado.
         number: what the guard calls it, for the record of what was started last.
+        better: what is to serve once its kernels are compiled.
+        is_timed: whether its strategies have been timed against each other, here or before.
     """
 
     spec: ConvSpec
@@ -46,6 +55,8 @@ class Route:
     calls: int = 0
     proven: bool = True
     number: int = 0
+    better: Strategy | None = None
+    is_timed: bool = False
     _strides: tuple[int, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -71,6 +82,8 @@ class Route:
         return result
 
 
+_is_deterministic: Callable[[], bool] = torch._C._get_deterministic_algorithms
+
 # Parsed by name: torch 1.13 has no attributes for them.
 _AUTOCAST_KEYS = {
     "cpu": torch._C._dispatch_key_parse("AutocastCPU"),
@@ -88,6 +101,7 @@ class Routes:
         on_spec: called with every new spec.
         workspace: bytes that one convolution may take beyond its operands and result; None for the default,
             `workspace_budget`.
+        tuner: times strategies where the program asks for it; None never does.
     """
 
     def __init__(
@@ -97,14 +111,19 @@ class Routes:
         fault: Fault | None = None,
         on_spec: Callable[[ConvSpec], None] | None = None,
         workspace: int | None = None,
+        tuner: Tuner | None = None,
     ) -> None:
         self.chooser = chooser
+        self._tuner = tuner
+        if tuner is not None:
+            chooser.timed = tuner.timings.of
         self._workspace = workspace
         chooser.verdict = guard.verdicts.of
         self.guard, self.fault, self._on_spec = guard, fault, on_spec
         self._witness = guard.witness
         self._routes: dict[ConvSpec, Route] = {}
         self._pairs: dict[tuple[int, int], int] = {}
+        self._has_set_workspace = False
         guard.witness.on_fork.append(self._forget_numbers)
 
     def taken(self) -> list[Route]:
@@ -115,11 +134,13 @@ class Routes:
         """The one route of a spec, made on its first sight."""
         route = self._routes.get(spec)
         if route is None:
-            strategy, why = self.chooser.choose(spec)
+            strategy, why, better = self.chooser.choose(spec)
             LOGGER.info("%s -> %s (%s)", spec, strategy.name, why)
             if self._on_spec is not None:
                 self._on_spec(spec)
             route = remember(self._routes, spec, self._route(spec, strategy, why))
+            route.better = better
+            route.is_timed = self._tuner is None or bool(self.chooser.timed(spec))
             self._judge_anew(route)
         return route
 
@@ -138,6 +159,13 @@ class Routes:
         """The result of one direction, by the next strategy for as long as one fails."""
         route.calls += 1
         witness = self._witness
+        if not route.is_timed:
+            self._tune(route, first, second, bias)
+        if route.better is not None:
+            self._upgrade(route, first)
+        if _is_deterministic() and _WORKSPACE_VARIABLE not in os.environ and first.is_cuda:
+            os.environ[_WORKSPACE_VARIABLE] = _WORKSPACE
+            self._has_set_workspace = True
         while True:
             # Another thread may move the route on while this one is in the call.
             strategy, is_proven = route.strategy, route.proven
@@ -197,7 +225,7 @@ class Routes:
         """While a CUDA graph is captured nothing may be tried: what is proven, else what is ours."""
         if route.strategy is not NATIVE:
             return run()  # type: ignore[no-any-return]
-        strategy, why = self.chooser.bypass(route.spec, "unproven, and a CUDA graph is being captured")
+        strategy, why, _ = self.chooser.bypass(route.spec, "unproven, and a CUDA graph is being captured")
         LOGGER.info("%s -> %s for this graph (%s)", route.spec, strategy.name, why)
         return self._route(route.spec, strategy, why).run(*operands)
 
@@ -225,7 +253,7 @@ class Routes:
             if failed is not NATIVE:
                 raise error
             # Too little memory is native's fault only where something else does with it.
-            strategy, why = self.chooser.bypass(route.spec, "native ran out of memory")
+            strategy, why, _ = self.chooser.bypass(route.spec, "native ran out of memory")
             result = self._route(route.spec, strategy, why).run(first, second, bias)
         verdict = self.guard.convict(route.spec, failed, "error", str(error).strip())
         if result is not None:
@@ -255,13 +283,46 @@ class Routes:
         """The next best strategy serves this spec from here on; another thread may have seen to that."""
         if route.strategy is not failed:
             return
-        route.strategy, route.why = self.chooser.choose(route.spec)
+        route.strategy, route.why, route.better = self.chooser.choose(route.spec)
         LOGGER.warning(
             "%s convolution %s\n%s is served by %s from here on\n"
             "hint: rocm-patch cache show says what is known; ROCM_PATCH_CONV=bypass saves the attempt",
             failed.name, verdict, route.spec, route.strategy.name,
         )  # fmt: skip
         self._judge_anew(route)
+
+    def _upgrade(self, route: Route, operand: torch.Tensor) -> None:
+        """Let what has been compiled meanwhile serve, or give it up."""
+        better = route.better
+        if better is None or is_capturing(operand):
+            return
+        if better.is_ready(route.spec, False) or better.rejects(route.spec) is not None:
+            route.strategy, route.why, route.better = self.chooser.choose(route.spec)
+            LOGGER.info("%s -> %s from here on (%s)", route.spec, route.strategy.name, route.why)
+            self._judge_anew(route)
+
+    def _tune(self, route: Route, first: torch.Tensor, second: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Time the strategies of a route if the program asks for it, and take the fastest."""
+        tuner = self._tuner
+        if tuner is None or not tuner.is_wanted() or is_capturing(first):
+            return
+        route.is_timed = True
+        if not self.chooser.timed(route.spec):
+
+            def run(strategy: Strategy) -> torch.Tensor:
+                return self._route(route.spec, strategy, "").run(first, second, bias)
+
+            try:
+                tuner.tune(route.spec, run, first, second, bias)
+            except RuntimeError as error:
+                raise self._explained(error, route) from None
+        route.strategy, route.why, route.better = self.chooser.choose(route.spec)
+        self._judge_anew(route)
+
+    def take_back(self) -> None:
+        """Leave the environment as it was."""
+        if self._has_set_workspace:
+            os.environ.pop(_WORKSPACE_VARIABLE, None)
 
     def _forget_numbers(self) -> None:
         """In a forked child."""

@@ -22,7 +22,10 @@ LOGGER = logging.getLogger("rocm_patch")
 BACKENDS = ("auto", "hip", "cuda", "cpu")
 POLICIES = ("bypass", "guarded", "native")
 # The names in conv.STRATEGIES; a test holds the two together.
-STRATEGY_NAMES = ("pointwise", "winograd_f43", "winograd_f23", "depthwise", "grouped", "taps", "im2col")
+STRATEGY_NAMES = (
+    "pointwise", "fused_winograd", "direct", "implicit_gemm_128", "implicit_gemm_64", "implicit_gemm_32",
+    "implicit_gemm_16", "columns", "winograd_f43", "winograd_f23", "depthwise", "grouped", "taps", "im2col",
+)  # fmt: skip
 START_METHODS = ("spawn", "forkserver", "fork")
 PROFILES = ("auto", "document", "none")
 LOG_LEVELS = ("debug", "info", "warning", "error")

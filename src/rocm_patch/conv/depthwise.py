@@ -11,6 +11,7 @@ import math
 
 import torch
 
+from rocm_patch.conv.cost import Work
 from rocm_patch.conv.spec import FORWARD, GRAD_INPUT, ConvSpec
 from rocm_patch.conv.strategy import GEMM_RTOL, Strategy, empty_result, sum_dtype
 from rocm_patch.conv.windows import Box, at, boxes, largest_box, meeting, on_output, taps
@@ -104,13 +105,10 @@ def _rejects(spec: ConvSpec) -> str | None:
     return None
 
 
-def _slow_for(spec: ConvSpec) -> str | None:
-    if spec.groups == 1:
-        return "there is one channel in all"
-    # H200: 3x3 takes as long as `grouped`, 5x5 twice as long; channels_last is never slower.
-    if spec.taps > 9 and not spec.channels_last:
-        return f"{spec.taps} taps are as many passes over memory"
-    return None
+def _work(spec: ConvSpec) -> Work:
+    # A pass over memory for each tap, with the sum read and written in float32.
+    passes = 2 * spec.taps * (math.prod(spec.image) + 2 * math.prod(spec.grad))
+    return Work(bytes=passes * max(4, spec.itemsize) / 2, launches=4 * spec.taps)
 
 
 def _workspace_bytes(spec: ConvSpec, budget: int) -> int:
@@ -121,4 +119,4 @@ def _workspace_bytes(spec: ConvSpec, budget: int) -> int:
     return (samples * math.prod(out) * _position_elements(spec) + 8 * math.prod(spec.weight)) * spec.itemsize
 
 
-DEPTHWISE = Strategy("depthwise", _run, _workspace_bytes, GEMM_RTOL, _rejects, _slow_for)
+DEPTHWISE = Strategy("depthwise", _run, _workspace_bytes, GEMM_RTOL, _rejects, _work)

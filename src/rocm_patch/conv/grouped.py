@@ -12,6 +12,8 @@ import math
 
 import torch
 
+from rocm_patch.conv import cost
+from rocm_patch.conv.cost import Work
 from rocm_patch.conv.im2col import boxes_of, by_boxes, position_elements
 from rocm_patch.conv.phases import grad_input, phases
 from rocm_patch.conv.spec import FORWARD, GRAD_INPUT, ConvSpec
@@ -100,4 +102,11 @@ def _bytes_of_box(spec: ConvSpec, budget: int) -> int:
     return (samples * (columns + padded + spec.weight[0] * positions) + weights) * spec.itemsize
 
 
-GROUPED = Strategy("grouped", _run, _workspace_bytes, GEMM_RTOL, _rejects)
+def _work(spec: ConvSpec) -> Work:
+    # Small products by the thousand: memory is what they cost.
+    moved = cost.operand_bytes(spec) + 6 * cost.column_bytes(spec)
+    share = cost.filled(spec, spec.weight[0] // spec.groups, math.prod(spec.out), spec.batch * spec.groups)
+    return Work(cost.flops(spec), share, moved, 30 if spec.direction == GRAD_INPUT else 20)
+
+
+GROUPED = Strategy("grouped", _run, _workspace_bytes, GEMM_RTOL, _rejects, _work)

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from rocm_patch.conv import cost
+from rocm_patch.conv.cost import Work
 from rocm_patch.conv.phases import grad_input, phases
 from rocm_patch.conv.spec import FORWARD, GRAD_INPUT, GRAD_WEIGHT, ConvSpec
 from rocm_patch.conv.strategy import GEMM_RTOL, Strategy, channels_to_rows, empty_result, is_small_map, sum_dtype
@@ -220,4 +222,18 @@ def _bytes_of_box(spec: ConvSpec, budget: int) -> int:
     return (samples * (columns + padded + spec.weight[0] * positions) + weight) * spec.itemsize
 
 
-IM2COL = Strategy("im2col", _run, _workspace_bytes, GEMM_RTOL)
+def _work(spec: ConvSpec) -> Work:
+    rows, length = spec.weight[1] * spec.taps, math.prod(spec.out)
+    # Of one group; they come one after the other.
+    sides = (spec.weight[0] // spec.groups, rows if spec.direction == GRAD_WEIGHT else length)
+    share = cost.filled(spec, *sides, 1 if is_small_map(spec) else spec.batch)
+    phases_of = math.prod(spec.stride) if spec.direction == GRAD_INPUT else 1
+    # Added in place, tap by tap, where grad_input has a stride; elements of half types are copied one by one.
+    passes = 24 if phases_of > 1 else 16 if spec.itemsize == 2 else 4
+    if spec.taps == 1:
+        passes = 2
+    moved = cost.operand_bytes(spec) + passes * cost.column_bytes(spec)
+    return Work(cost.flops(spec), share, moved, (18 + 10 * (phases_of - 1)) * spec.groups)
+
+
+IM2COL = Strategy("im2col", _run, _workspace_bytes, GEMM_RTOL, work=_work)

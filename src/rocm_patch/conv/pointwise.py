@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 
+from rocm_patch.conv import cost
+from rocm_patch.conv.cost import Work
 from rocm_patch.conv.spec import FORWARD, GRAD_INPUT, GRAD_WEIGHT, ConvSpec
 from rocm_patch.conv.strategy import GEMM_RTOL, Strategy, channels_to_rows, empty_result, is_small_map, sum_dtype
 from rocm_patch.conv.windows import boxes, largest_box, longest_sum, on_output
@@ -22,9 +25,12 @@ def _strided(spec: ConvSpec, image: torch.Tensor) -> torch.Tensor:
 def _product(spec: ConvSpec, matrix: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     """matrix (M, C) times source (N, C, *out) -> (N, M, *out), in the memory format of the result."""
     batch, rows = spec.batch, matrix.shape[0]
-    if spec.channels_last:
-        return (channels_to_rows(source) @ matrix.t()).view(batch, *spec.out, rows).movedim(-1, 1)
+    # Of half types small maps cost more than putting them together.
+    if spec.channels_last or (spec.itemsize == 2 and is_small_map(spec)):
+        return torch.mm(channels_to_rows(source), matrix.t()).view(batch, *spec.out, rows).movedim(-1, 1)
     columns = source.reshape(batch, source.shape[1], -1)  # (N, C, L)
+    if batch == 1:
+        return torch.mm(matrix, columns[0]).view(1, rows, *spec.out)
     return torch.bmm(matrix.expand(batch, *matrix.shape), columns).view(batch, rows, *spec.out)
 
 
@@ -44,12 +50,21 @@ def _run(spec: ConvSpec, first: torch.Tensor, second: torch.Tensor, budget: int)
 def _grad_weight(spec: ConvSpec, image: torch.Tensor, grad: torch.Tensor, budget: int) -> torch.Tensor:
     """grad (N, K, *out) times image (N, C, *out), summed over samples and positions."""
     product_of = _one_gemm if _is_one_gemm(spec) else _summed_gemms
+    if _is_one_box(spec, budget):
+        return product_of(grad, image).to(image.dtype).view(spec.weight)
     total: torch.Tensor | None = None
     for box in boxes((spec.batch, *spec.out), _position_elements(spec), budget, spec.itemsize, longest_sum(spec)):
         piece = product_of(grad[on_output(box)], image[on_output(box)])
         total = piece if total is None else total.add_(piece)
     assert total is not None  # a spec has at least one output position
     return total.to(image.dtype).view(spec.weight)
+
+
+# Asked at every call: what a spec decides is found once.
+@lru_cache(4096)
+def _is_one_box(spec: ConvSpec, budget: int) -> bool:
+    extents = (spec.batch, *spec.out)
+    return largest_box(extents, _position_elements(spec), budget, spec.itemsize, longest_sum(spec)) == extents
 
 
 def _one_gemm(grad: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
@@ -96,4 +111,10 @@ def _workspace_bytes(spec: ConvSpec, budget: int) -> int:
     return (copied + weight) * spec.itemsize
 
 
-POINTWISE = Strategy("pointwise", _run, _workspace_bytes, GEMM_RTOL, _rejects)
+def _work(spec: ConvSpec) -> Work:
+    # Putting small maps together takes many small operations, which the host has to start.
+    launches = 16 if spec.itemsize == 2 and is_small_map(spec) and not spec.channels_last else 6
+    return Work(cost.flops(spec), 1.0, 1.5 * cost.operand_bytes(spec), launches)
+
+
+POINTWISE = Strategy("pointwise", _run, _workspace_bytes, GEMM_RTOL, _rejects, _work)

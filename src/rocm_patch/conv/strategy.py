@@ -10,11 +10,21 @@ from functools import cache
 
 import torch
 
+from rocm_patch.conv import cost
+from rocm_patch.conv.cost import Work
 from rocm_patch.conv.spec import ConvSpec
 
 
 def _never(spec: ConvSpec) -> str | None:
     return None
+
+
+def _no_work(spec: ConvSpec) -> Work:
+    return Work()
+
+
+def _always(spec: ConvSpec, wait: bool) -> bool:
+    return True
 
 
 @dataclass(frozen=True)
@@ -33,7 +43,9 @@ class Strategy:
         rtol: bound on the relative error against float64, ||computed - exact|| / ||exact|| (Frobenius),
             per element type.
         rejects: the reason why a spec cannot be computed this way, or None.
-        slow_for: the reason why a later entry of `STRATEGIES` is likely to be faster for a spec, or None.
+        work: what it does for a spec, from which its time is estimated (`seconds`).
+        is_ready: whether it can be called for a spec without having to compile something first, which the question
+            has begun; with True it comes back when that is decided.
         is_approximate: whether its error is larger than that of sums of products (`exact=True` leaves it out).
     """
 
@@ -42,8 +54,13 @@ class Strategy:
     workspace_bytes: Callable[[ConvSpec, int], int]
     rtol: Mapping[str, float]
     rejects: Callable[[ConvSpec], str | None] = _never
-    slow_for: Callable[[ConvSpec], str | None] = _never
+    work: Callable[[ConvSpec], Work] = _no_work
     is_approximate: bool = False
+    is_ready: Callable[[ConvSpec, bool], bool] = _always
+
+    def seconds(self, spec: ConvSpec) -> float:
+        """How long it is likely to take."""
+        return cost.seconds(spec, self.work(spec))
 
 
 # Bound for algorithms that sum products as a GEMM does: the error of a sum of K products is at most

@@ -21,7 +21,9 @@ from typing import NamedTuple
 
 import torch
 
-from rocm_patch.conv.spec import FORWARD, GRAD_INPUT, ConvSpec
+from rocm_patch.conv import cost
+from rocm_patch.conv.cost import Work
+from rocm_patch.conv.spec import FORWARD, GRAD_INPUT, GRAD_WEIGHT, ConvSpec
 from rocm_patch.conv.strategy import GEMM_RTOL, Strategy, empty_result, sum_dtype
 from rocm_patch.conv.windows import (
     Box,
@@ -206,8 +208,12 @@ def _rejects(spec: ConvSpec) -> str | None:
     return None
 
 
-def _slow_for(spec: ConvSpec) -> str | None:
-    return "im2col takes more memory, but less time"
+def _work(spec: ConvSpec) -> Work:
+    # A product for each tap, and its sum in a pass over memory.
+    moved = spec.taps * (math.prod(spec.image) / math.prod(spec.stride) + 3 * math.prod(spec.grad))
+    sides = (spec.weight[0], spec.image[1] if spec.direction == GRAD_WEIGHT else math.prod(spec.out))
+    share = cost.filled(spec, *sides, spec.batch)
+    return Work(cost.flops(spec) * spec.groups, share, 2 * moved * max(4, spec.itemsize), 16 + 8 * spec.taps)
 
 
 def _workspace_bytes(spec: ConvSpec, budget: int) -> int:
@@ -231,4 +237,4 @@ def _workspace_bytes(spec: ConvSpec, budget: int) -> int:
     return elements * spec.itemsize
 
 
-TAPS = Strategy("taps", _run, _workspace_bytes, GEMM_RTOL, _rejects, _slow_for)
+TAPS = Strategy("taps", _run, _workspace_bytes, GEMM_RTOL, _rejects, _work)

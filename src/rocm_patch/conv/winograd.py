@@ -23,6 +23,8 @@ from typing import NamedTuple
 
 import torch
 
+from rocm_patch.conv import cost
+from rocm_patch.conv.cost import Work
 from rocm_patch.conv.im2col import IM2COL
 from rocm_patch.conv.spec import FORWARD, GRAD_INPUT, GRAD_WEIGHT, ConvSpec
 from rocm_patch.conv.strategy import Strategy, empty_result
@@ -59,8 +61,6 @@ _MATRICES = {
 # Bounds on the relative error of a whole result, above what `magnitude` allows for Gaussian operands of up to 2048
 # channels (tests/test_strategies.py); F(4x4,3x3) loses about four bits against a GEMM.
 _RTOL = {2: {"float32": 2e-5, "float64": 1e-13}, 4: {"float32": 1e-4, "float64": 1e-12}}
-_FEWEST_CHANNELS = 64
-_FEWEST_TILES = 512
 
 
 class _Transforms(NamedTuple):
@@ -150,7 +150,7 @@ def _output_tiles(
     return sums.permute(3, 2, 4, 0, 5, 1).reshape(samples, filters.shape[1], out[0] * side, out[1] * side)
 
 
-def _flipped(spec: ConvSpec) -> ConvSpec:
+def flipped(spec: ConvSpec) -> ConvSpec:
     """The forward convolution of grad that grad_input is."""
     return dataclasses.replace(
         spec, direction=FORWARD, image=spec.grad, weight=(spec.weight[1], spec.weight[0], 3, 3), out=spec.spatial,
@@ -178,7 +178,7 @@ def _computed(
     if spec.direction == FORWARD:
         return _forward(spec, first, second, budget, transforms)
     if spec.direction == GRAD_INPUT:
-        return _forward(_flipped(spec), first, second.transpose(0, 1).flip(2, 3), budget, transforms)
+        return _forward(flipped(spec), first, second.transpose(0, 1).flip(2, 3), budget, transforms)
     return _grad_weight(spec, first, second, budget, transforms)
 
 
@@ -218,7 +218,7 @@ def _tile_elements(spec: ConvSpec, side: int) -> int:
 
 def _workspace_bytes(spec: ConvSpec, budget: int, side: int) -> int:
     if spec.direction == GRAD_INPUT:
-        return _workspace_bytes(_flipped(spec), budget, side) + math.prod(spec.weight) * spec.itemsize
+        return _workspace_bytes(flipped(spec), budget, side) + math.prod(spec.weight) * spec.itemsize
     tiles = _tiles_of_image(spec, side)
     elements = _tile_elements(spec, side)
     samples, *out = largest_box((spec.batch, *tiles.out), elements, budget, spec.itemsize)
@@ -242,21 +242,28 @@ def _strategy(name: str, side: int) -> Strategy:
         partial(_workspace_bytes, side=side),
         _RTOL[side],
         _rejects,
-        partial(_slow_for, side=side),
+        partial(_work, side=side),
         is_approximate=True,
     )
 
 
-def _slow_for(spec: ConvSpec, side: int) -> str | None:
-    if spec.dtype == "float64":
-        return "whoever takes float64 wants its precision"
-    if side == 2:
-        return "4x4 tiles save more"
-    # H200, ResNet-50, YOLOv8n, Stable Diffusion: below either the transforms cost more than is saved.
-    if min(spec.weight[:2]) < _FEWEST_CHANNELS:
-        return f"fewer than {_FEWEST_CHANNELS} channels"
-    tiles = spec.batch * math.prod(-(-size // side) for size in spec.out)
-    return f"fewer than {_FEWEST_TILES} tiles" if tiles < _FEWEST_TILES else None
+# As many as the host's time for a small call is worth.
+_LAUNCHES = {FORWARD: 30, GRAD_INPUT: 40, GRAD_WEIGHT: 50}
+
+
+def _work(spec: ConvSpec, side: int) -> Work:
+    as_forward = flipped(spec) if spec.direction == GRAD_INPUT else spec
+    tiles = spec.batch * math.prod(-(-size // side) for size in as_forward.out)
+    filters, channels = as_forward.weight[:2]
+    outer, inner = (side + 2) ** 2, side**2
+    # Products between the transforms, and the transforms themselves.
+    flops = 2.0 * tiles * (outer * filters * channels + outer * outer * channels + outer * inner * filters)
+    # Tiles are copied, transformed, multiplied, transformed back and put in their places.
+    moved = tiles * (4 * outer * channels + (2 * outer + 4 * inner) * filters) * spec.itemsize
+    moved += 3 * outer * filters * channels * spec.itemsize
+    columns = channels if spec.direction == GRAD_WEIGHT else tiles
+    share = cost.filled(spec, filters, columns, outer)
+    return Work(flops, share, cost.operand_bytes(spec) + moved, _LAUNCHES[spec.direction])
 
 
 WINOGRAD_F23 = _strategy("winograd_f23", 2)

@@ -22,9 +22,9 @@ from rocm_patch.routes import Routes
 from rocm_patch.settings import Settings
 from rocm_patch.trust import fault
 from rocm_patch.trust.choose import Chooser
+from rocm_patch.tuning import Tuner
 
 PATCH = "miopen_bypass"
-_WORKSPACE_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 
 # The dispatchers in force, by key; read by reports and by SafeConv2d.
 ACTIVE: dict[str, Dispatcher] = {}
@@ -52,7 +52,9 @@ def install(activation: Activation, settings: Settings, native_up_to: int | None
         if before is not None:
             return before
         guard = guarding.guard_for(chooser, settings)
-        dispatcher = Dispatcher(Routes(chooser, guard, injected, guarding.recorder(os.environ), settings.workspace))
+        tuner = Tuner(chooser, guard, guarding.timings_for(guard, settings))
+        routes = Routes(chooser, guard, injected, guarding.recorder(os.environ), settings.workspace, tuner)
+        dispatcher = Dispatcher(routes)
         # MIOpen's batch norm and RNNs are MIOpen too. Under other policies they are the program's affair.
         never_native = activation.policy == "bypass" and native_up_to is None
         kernels: dict[str, Callable[..., Any]] = {
@@ -68,41 +70,19 @@ def install(activation: Activation, settings: Settings, native_up_to: int | None
         ACTIVE[key] = dispatcher
 
         bring_back_flag = cudnn_flag.shield() if never_native else None
-        takes_determinism_back = _allow_deterministic_products() if key == "CUDA" else None
 
         def remove() -> None:
             del ACTIVE[key]
             _destroy(libraries)
             if bring_back_flag is not None:
                 bring_back_flag()
-            if takes_determinism_back is not None:
-                takes_determinism_back()
+            dispatcher.routes.take_back()
 
         chosen = activation.strategy or activation.policy
         if native_up_to is not None:
             chosen = f"native up to {native_up_to} pixels a side, {chosen} above"
         entry = Entry(True, f"{chosen} on {activation.backend}: {activation.why}")
         return LEDGER.record(PATCH, arguments, entry, remove)
-
-
-def _allow_deterministic_products() -> Callable[[], None] | None:
-    """Let matrix products run under `torch.use_deterministic_algorithms(True)`, as convolutions do.
-
-    There torch refuses products on a GPU unless this variable promises a fixed workspace (torch 2 reads it before
-    the first product). A program that has convolutions only need not have set it. The value is one of the two that
-    torch's message names; what the user has set wins.
-
-    Returns:
-        What takes it back, or None where there is nothing to take back.
-    """
-    if _WORKSPACE_VARIABLE in os.environ:
-        return None
-    os.environ[_WORKSPACE_VARIABLE] = ":4096:8"
-
-    def take_back() -> None:
-        os.environ.pop(_WORKSPACE_VARIABLE, None)
-
-    return take_back
 
 
 def _registered(key: str, kernels: dict[str, Callable[..., Any]]) -> list[Any]:

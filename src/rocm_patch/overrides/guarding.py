@@ -18,6 +18,7 @@ from rocm_patch.trust.fingerprint import Fingerprint, fingerprint
 from rocm_patch.trust.guard import Guard
 from rocm_patch.trust.progress import Limits
 from rocm_patch.trust.store import Store
+from rocm_patch.trust.timings import Timings
 from rocm_patch.trust.verdicts import Verdicts
 
 # Where `rocm-patch probe SCRIPT` finds the convolutions of a script.
@@ -25,6 +26,7 @@ RECORD_VARIABLE = "_ROCM_PATCH_RECORD"
 
 # One per process and choice of limits and folder: a process has one journal.
 _WATCHING: dict[tuple[Limits, Path], Guard] = {}
+_TIMED: dict[Path, Verdicts] = {}
 
 
 def guard_for(chooser: Chooser, settings: Settings) -> Guard:
@@ -51,6 +53,17 @@ def guard_for(chooser: Chooser, settings: Settings) -> Guard:
         )
         _WATCHING[limits, folder] = guard
     return guard
+
+
+def timings_for(guard: Guard, settings: Settings) -> Timings:
+    """The timings of this machine: with the guard's verdicts, or in the same store where nothing is guarded."""
+    if guard.verdicts.store is not None:
+        return Timings(guard.verdicts)
+    folder = folders.cache_folder(os.environ).absolute()
+    verdicts = _TIMED.get(folder)
+    if verdicts is None:
+        verdicts = _TIMED[folder] = Verdicts(Store(folder), machine_of(settings))
+    return Timings(verdicts)
 
 
 def machine_of(settings: Settings) -> Callable[[str], Fingerprint]:

@@ -215,15 +215,25 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             continue
 
 
+# Of ours so many are proven for a convolution, if their estimates are no further than this from the best.
+_LIKELIEST, _NEAR = 3, 2.0
+
+
+def _worth_proving(spec: Any) -> list[Any]:
+    from rocm_patch.conv import likeliest
+
+    ours = likeliest(spec)
+    return [strategy for strategy in ours[:_LIKELIEST] if strategy.seconds(spec) <= _NEAR * ours[0].seconds(spec)]
+
+
 def _plan(device: str, specs: Iterable[Any]) -> Plan:
-    from rocm_patch.conv import NATIVE, STRATEGIES
+    from rocm_patch.conv import NATIVE
 
     pairs = {
         (spec.to_json(), strategy.name): None
         for spec in specs
-        for strategy in (NATIVE, *STRATEGIES)
         # Those that are slow for it serve only when the others have failed: they are proven then.
-        if strategy.rejects(spec) is None and strategy.slow_for(spec) is None
+        for strategy in (NATIVE, *_worth_proving(spec))
     }
     return Plan(device, tuple(pairs))
 

@@ -1,15 +1,18 @@
 """choose(spec): which strategy serves a convolution, and why.
 
-Who is asked, first answer wins: the user's own word, what is known of this machine, the catalog, the policy.
+Who is asked, first answer wins: the user's own word, what is known of this machine, the catalog, the policy, what was
+timed here, the cost model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from rocm_patch.conv import NATIVE, STRATEGIES, Strategy
+import torch
+
+from rocm_patch.conv import NATIVE, STRATEGIES, Strategy, likeliest
 from rocm_patch.conv.spec import ConvSpec
 from rocm_patch.errors import NothingWorksError, UsageError
 from rocm_patch.settings import POLICIES
@@ -17,14 +20,25 @@ from rocm_patch.trust.store import Verdict
 
 
 class Choice(NamedTuple):
-    """A strategy and the reason for it, in words."""
+    """A strategy and the reason for it, in words.
+
+    Attributes:
+        strategy: what serves.
+        why: the reason.
+        better: what is to serve once it is ready, if that is another one.
+    """
 
     strategy: Strategy
     why: str
+    better: Strategy | None = None
 
 
 def _nothing_known(spec: ConvSpec, strategy: str) -> Verdict | None:
     return None
+
+
+def _nothing_timed(spec: ConvSpec) -> Mapping[str, float]:
+    return {}
 
 
 @dataclass
@@ -39,6 +53,7 @@ class Chooser:
         exact: leave out algorithms whose error is larger than a matrix product's (Winograd's).
         bypass_dtypes: under `guarded`, types that native is known to crash for on this machine.
         verdict: what is known of a spec and a strategy on this machine.
+        timed: seconds that strategies took for a spec on this machine, by name; empty where none was timed.
     """
 
     policy: str = "bypass"
@@ -47,6 +62,7 @@ class Chooser:
     bypass_dtypes: tuple[str, ...] = ()
     exact: bool = False
     verdict: Callable[[ConvSpec, str], Verdict | None] = field(default=_nothing_known, compare=False, repr=False)
+    timed: Callable[[ConvSpec], Mapping[str, float]] = field(default=_nothing_timed, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -88,21 +104,36 @@ class Chooser:
             NothingWorksError: as `choose`.
         """
         failed: list[str] = []
-        for strategy in self._ranked(spec):
+        better: Strategy | None = None
+        # Which kernels are compiled by now must not decide what a deterministic program computes.
+        wait = torch.are_deterministic_algorithms_enabled()
+        for strategy in self.ranked(spec):
             known = self.verdict(spec, strategy.name)
-            if known is None or not known.is_bad:
-                return Choice(strategy, "; ".join([why, *failed]))
-            failed.append(f"{strategy.name} {known}")
+            if known is not None and known.is_bad:
+                failed.append(f"{strategy.name} {known}")
+            elif strategy.is_ready(spec, wait or strategy.name == self.preferred):
+                if better is not None:
+                    why = f"{why}; {better.name} is being compiled"
+                return Choice(strategy, "; ".join([why, *failed]), better)
+            elif better is None and strategy.rejects(spec) is None:
+                better = strategy
         raise NothingWorksError(
             f"no way is left to compute the convolution {spec}: {'; '.join([why, *failed])}",
             "rocm-patch doctor says what this torch build can run; rocm-patch cache clear has all of it tried again",
         )
 
-    def _ranked(self, spec: ConvSpec) -> list[Strategy]:
-        """Those that accept a spec: the user's first, then those that are fast for it, then the rest."""
-        accepted = [
-            strategy
-            for strategy in STRATEGIES
-            if strategy.rejects(spec) is None and not (self.exact and strategy.is_approximate)
-        ]
-        return sorted(accepted, key=lambda s: (s.name != self.preferred, s.slow_for(spec) is not None))
+    def ranked(self, spec: ConvSpec) -> list[Strategy]:
+        """Those that accept a spec: the user's first, then by the time that they took or are likely to take."""
+        timed = {} if torch.are_deterministic_algorithms_enabled() else self.timed(spec)
+
+        def place(strategy: Strategy) -> tuple[bool, bool, bool, float]:
+            known = timed.get(strategy.name)
+            # Whoever takes float64 wants its precision.
+            is_coarse = strategy.is_approximate and spec.dtype == "float64"
+            return (
+                strategy.name != self.preferred, is_coarse, known is None,
+                strategy.seconds(spec) if known is None else known,
+            )  # fmt: skip
+
+        ours = [strategy for strategy in likeliest(spec) if not (self.exact and strategy.is_approximate)]
+        return sorted(ours, key=place)

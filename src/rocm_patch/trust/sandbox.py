@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from rocm_patch.settings import LOGGER
 from rocm_patch.child import Child
+from rocm_patch.settings import LOGGER
 from rocm_patch.trust.progress import Limits, Patience, caches
 
 # Signals that a process brings upon itself; any other is sent by somebody.

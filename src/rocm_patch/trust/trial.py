@@ -100,6 +100,8 @@ def _try(request: Mapping[str, Any], device: str, failure: fault.Fault | None, t
         refusal = strategy.rejects(spec)
         if refusal is not None:
             return _Answer("unknown", f"{strategy.name} does not serve it: {refusal}")
+        if not strategy.is_ready(spec, True):
+            return _Answer("unknown", f"{strategy.name} cannot be compiled: {strategy.rejects(spec)}")
         if spec.dtype not in strategy.rtol:
             return _Answer("unknown", f"{strategy.name} promises no accuracy for {spec.dtype}")
         needed, free = _bytes(spec), _free(device)

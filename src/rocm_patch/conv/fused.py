@@ -1,0 +1,279 @@
+"""What the strategies made of Triton kernels share: plans, and when there are none.
+
+A plan is everything that a spec decides: which kernels with which sizes, how large the pieces are. It is made once,
+its kernels are compiled while other strategies serve, and from then on a call costs its launches.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from rocm_patch.conv.cost import Work
+from rocm_patch.conv.spec import GRAD_INPUT, GRAD_WEIGHT, ConvSpec
+from rocm_patch.conv.strategy import GEMM_RTOL, Strategy, memory_format
+from rocm_patch.kernels.launch import INTERPRETED, Launch, fits, missing
+
+_DTYPES = ("float32", "float16", "bfloat16")
+# Offsets in the kernels are 32-bit.
+_MOST_ELEMENTS = 2**31 - 1
+# CUDA and HIP allow no more blocks in the second and third dimension of a grid.
+MOST_BLOCKS = 65535
+# Programs with ever new shapes must not grow the table for ever.
+_MOST_PLANS = 4096
+
+
+class Plan(NamedTuple):
+    """How one spec is computed.
+
+    Attributes:
+        launches: the kernels.
+        run: computes the result from two operands as `Strategy.run` takes them.
+        workspace_bytes: as `Strategy.workspace_bytes`.
+    """
+
+    launches: tuple[Launch, ...]
+    run: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    workspace_bytes: int
+
+
+def sizes_of(spec: ConvSpec) -> dict[str, int]:
+    """The integer arguments that the kernels call sizes: N, G, C, K, D to OW, KD to KW, SD to LW."""
+    missing_dims = 3 - len(spec.kernel)
+    names = {"N": spec.batch, "G": spec.groups, "C": spec.weight[1], "K": spec.weight[0] // spec.groups}
+    for letters, values, fill in (
+        (("D", "H", "W"), spec.spatial, 1),
+        (("OD", "OH", "OW"), spec.out, 1),
+        (("KD", "KH", "KW"), spec.kernel, 1),
+        (("SD", "SH", "SW"), spec.stride, 1),
+        (("PD", "PH", "PW"), spec.padding, 0),
+        (("LD", "LH", "LW"), spec.dilation, 1),
+    ):
+        names.update(zip(letters, (*[fill] * missing_dims, *values), strict=True))
+    return names
+
+
+def only(sizes: dict[str, int], *left_out: str) -> dict[str, int]:
+    """Sizes without some."""
+    return {name: value for name, value in sizes.items() if name not in left_out}
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(number: int) -> int:
+    """The smallest power of 2 that is not below a positive number."""
+    return 1 << (number - 1).bit_length()
+
+
+def dense(tensor: torch.Tensor) -> torch.Tensor:
+    """Channels first without gaps, aligned as the kernels want it; a copy only where it must be one."""
+    found = tensor.contiguous()
+    return found if fits(found) else found.clone()
+
+
+def is_channels_last(tensor: torch.Tensor) -> bool:
+    """Whether its memory is dense with channels last."""
+    if tensor.dim() == 4:
+        return tensor.is_contiguous(memory_format=torch.channels_last) and fits(tensor)
+    if tensor.dim() == 5:
+        return tensor.is_contiguous(memory_format=torch.channels_last_3d) and fits(tensor)
+    return False
+
+
+def _rejects_all(spec: ConvSpec) -> str | None:
+    """Why no kernel serves a spec, whichever it would be."""
+    if not spec.device.startswith("cuda") and not INTERPRETED:
+        return "Triton kernels run on GPUs"
+    why = missing()
+    if why is not None:
+        return why
+    if spec.dtype not in _DTYPES:
+        return f"no kernels for {spec.dtype}"
+    if max(map(math.prod, (spec.image, spec.grad, spec.weight))) > _MOST_ELEMENTS:
+        return "a tensor has 2^31 elements or more"
+    return None
+
+
+class Fused:
+    """A strategy out of plans.
+
+    Args:
+        name: of the strategy.
+        plan_of: the plan of a spec that nothing rejects.
+        rejects: why a spec cannot be computed this way, or None.
+        work: as in `Strategy`.
+        rtol: as in `Strategy`.
+        is_approximate: as in `Strategy`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        plan_of: Callable[[ConvSpec], Plan],
+        rejects: Callable[[ConvSpec], str | None],
+        work: Callable[[ConvSpec], Work],
+        rtol: dict[str, float] | None = None,
+        is_approximate: bool = False,
+    ) -> None:
+        self._plan_of, self._why_not = plan_of, rejects
+        self._plans: dict[ConvSpec, Plan] = {}
+        self._ready: dict[ConvSpec, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {}
+        self.strategy = Strategy(
+            name,
+            self._run,
+            self._workspace_bytes,
+            {dtype: bound for dtype, bound in (rtol or GEMM_RTOL).items() if dtype in _DTYPES},
+            self._rejects,
+            work,
+            is_approximate,
+            self._is_ready,
+        )
+
+    def _plan(self, spec: ConvSpec) -> Plan:
+        plan = self._plans.get(spec)
+        if plan is None:
+            if len(self._plans) >= _MOST_PLANS:
+                self._plans.clear()
+                self._ready.clear()
+            plan = self._plans[spec] = self._plan_of(spec)
+        return plan
+
+    def _rejects(self, spec: ConvSpec) -> str | None:
+        why = _rejects_all(spec) or self._why_not(spec)
+        if why is None and spec in self._plans:
+            why = next(filter(None, (launch.failure() for launch in self._plans[spec].launches)), None)
+        return why
+
+    def _is_ready(self, spec: ConvSpec, wait: bool) -> bool:
+        if spec not in self._ready:
+            plan = self._plan(spec)
+            # All of them are asked before one is waited for, so that they are compiled side by side.
+            known = [launch.is_ready() for launch in plan.launches]
+            if not all(known) and not (wait and all(launch.is_ready(wait) for launch in plan.launches)):
+                return False
+            run = plan.run
+            if spec.device.startswith("cuda"):
+                run = partial(_on_device, torch.device(spec.device).index or 0, run)
+            self._ready[spec] = run
+        return True
+
+    def _run(self, spec: ConvSpec, first: torch.Tensor, second: torch.Tensor, budget: int) -> torch.Tensor:
+        run = self._ready.get(spec)
+        if run is None:
+            if not self._is_ready(spec, True):
+                raise RuntimeError(f"{self.strategy.name} cannot compute {spec}: {self._rejects(spec)}")
+            run = self._ready[spec]
+        return run(first, second)
+
+    def _workspace_bytes(self, spec: ConvSpec, budget: int) -> int:
+        return self._plan(spec).workspace_bytes
+
+
+def _on_device(
+    device: int,
+    run: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    first: torch.Tensor,
+    second: torch.Tensor,
+) -> torch.Tensor:
+    if torch._C._cuda_getDevice() == device:
+        return run(first, second)
+    with torch.cuda.device(device):
+        return run(first, second)
+
+
+class _SharedCopies(threading.local):
+    """Within, both gradients of one convolution use one copy of what they both read.
+
+    A context manager; one for all threads, that has each thread's own.
+    """
+
+    is_open = False
+    source: torch.Tensor | None = None
+    copy: torch.Tensor | None = None
+
+    def __enter__(self) -> None:
+        self.is_open = True
+
+    def __exit__(self, *_: object) -> None:
+        self.is_open = False
+        self.source = self.copy = None
+
+
+SHARED_COPIES = _SharedCopies()
+
+
+def in_last(copy: Launch, tensor: torch.Tensor, is_shared: bool = False) -> torch.Tensor:
+    """A tensor with channels last in memory: itself, or what the kernel of `to_last` makes of it.
+
+    Args:
+        copy: that kernel.
+        tensor: of the shape that the kernel was made for.
+        is_shared: another direction of the same call may want it too.
+    """
+    if is_channels_last(tensor):
+        return tensor
+    if is_shared and SHARED_COPIES.source is tensor and SHARED_COPIES.copy is not None:
+        return SHARED_COPIES.copy
+    found = dense(tensor)
+    result = found.new_empty(found.numel())
+    copy(found, result)
+    if is_shared and SHARED_COPIES.is_open:
+        SHARED_COPIES.source, SHARED_COPIES.copy = tensor, result
+    return result
+
+
+# A block of the copy between the formats.
+_SIDE = 64
+
+
+def to_last(spec: ConvSpec, shape: tuple[int, ...], strides: tuple[int, int, int] | None = None) -> Launch:
+    """The kernel that writes a dense (n, C, *rest) as (n, *rest, C).
+
+    Args:
+        spec: gives type and device.
+        shape: n, C and the rest.
+        strides: of n, C and the rest, where they are not those of a dense tensor.
+    """
+    samples, channels, length = shape[0], shape[1], math.prod(shape[2:])
+    n, c, at = strides or (channels * length, length, 1)
+    block = min(_SIDE, next_power_of_2(channels)), min(_SIDE, next_power_of_2(length))
+    return Launch(
+        "layout", "channels_to_last", (spec.dtype, spec.dtype),
+        {"C": channels, "L": length, "xn": n, "xc": c, "xl": at},
+        {"CHANNELS": block[0], "POSITIONS": block[1]},
+        (cdiv(length, block[1]), cdiv(channels, block[0]), samples), spec.device, aligned=("C", "L", "xc"),
+    )  # fmt: skip
+
+
+_ENTRIES = 256
+
+
+def reduction(spec: ConvSpec, length: int, splits: int) -> Launch:
+    """The kernel that sums float32 parts (splits, length) in order."""
+    return Launch(
+        "layout", "reduce", ("float32", spec.dtype), {"LENGTH": length, "SPLITS": splits}, {"ENTRIES": _ENTRIES},
+        (cdiv(length, _ENTRIES),), spec.device, aligned=("LENGTH",),
+    )  # fmt: skip
+
+
+def too_many_blocks(*launches: Iterable[int]) -> bool:
+    """Whether a grid's second or third dimension is larger than the cards take."""
+    return any(size > MOST_BLOCKS for grid in launches for size in list(grid)[1:])
+
+
+def result_of(spec: ConvSpec, like: torch.Tensor) -> torch.Tensor:
+    """Memory for a result in channels first, or in the spec's format."""
+    if spec.direction == GRAD_WEIGHT:
+        return like.new_empty(spec.weight)
+    shape = spec.image if spec.direction == GRAD_INPUT else spec.grad
+    if spec.channels_last:
+        return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format(spec))
+    return like.new_empty(shape)
