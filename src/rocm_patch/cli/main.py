@@ -14,6 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from rocm_patch._version import __version__
+from rocm_patch.cli import bench as measuring
 from rocm_patch.cli import cache, proving
 from rocm_patch.cli.arguments import split_run
 from rocm_patch.errors import RocmPatchError
@@ -263,6 +264,7 @@ def report(
 
 app.command(context_settings={"allow_extra_args": True})(proving.probe)
 app.command()(proving.demo)
+app.command()(measuring.bench)
 app.add_typer(cache.app, name="cache")
 
 
