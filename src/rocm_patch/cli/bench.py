@@ -210,15 +210,16 @@ def _sentences(document: Mapping[str, Any]) -> Iterator[str]:
     }
     for dtype, modes in document["summary"].items():
         for mode, found in modes.items():
-            means = [
-                text.format(found[name]["mean"]) + f" ({found[name]['layers']} layers)"
-                for name, text in says.items()
-                if found[name] is not None
-            ]
-            if means:
-                yield f"{dtype}, {_words(mode)}, geometric means: {'; '.join(means)}."
-            if found["slower_than_vendor_off"]:
-                yield f"  Slower than with the library off: {', '.join(found['slower_than_vendor_off'])}."
+            for where, part in (("", found), (", the device's own time", found["on_device"])):
+                means = [
+                    text.format(part[name]["mean"]) + f" ({part[name]['layers']} layers)"
+                    for name, text in says.items()
+                    if part.get(name) is not None
+                ]
+                if means:
+                    yield f"{dtype}, {_words(mode)}{where}, geometric means: {'; '.join(means)}."
+                if part["slower_than_vendor_off"]:
+                    yield f"  Slower than with the library off: {', '.join(part['slower_than_vendor_off'])}."
     rates = document["rates"]
     if rates:
         gemm = ", ".join(f"{rate:.3g} TFLOP/s in {dtype}" for dtype, rate in rates["gemm_tflops"].items() if rate)

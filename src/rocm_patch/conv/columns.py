@@ -17,6 +17,7 @@ from rocm_patch.conv.fused import (
     Fused,
     Plan,
     cdiv,
+    copies_to_first,
     dense,
     next_power_of_2,
     only,
@@ -37,6 +38,12 @@ _MOST_TAPS = 49
 _FEWEST_BLOCKS = 64
 
 
+# Elements of half types that matrix units load at once.
+_ALIGNED = 8
+# The share of the GEMM rate that half types reach, and the least of a card that libraries fill with them.
+_REACHED_HALF, _FILLED_HALF = 0.5, 0.7
+
+
 class _Pieces:
     """Samples at a time, and a kernel for as many and one for the rest."""
 
@@ -48,6 +55,7 @@ class _Pieces:
         if math.prod(spec.image[1:]) % 4 == 0:
             at_once = max(1, _PIECE_BYTES // self.sample_bytes)
         self.samples = min(spec.batch, at_once)
+        self.bytes = copies_to_first(spec) + self.samples * self.sample_bytes
         sizes = sizes_of(spec)
         make = _fold if spec.direction == GRAD_INPUT else _unfold
         counts = {self.samples, spec.batch % self.samples} - {0}
@@ -101,7 +109,7 @@ def _forward_plan(spec: ConvSpec) -> Plan:
             torch.bmm(matrix.expand(samples, -1, -1), part, out=flat[start : start + samples])
         return result
 
-    return Plan(tuple(pieces.launches.values()), run, pieces.samples * pieces.sample_bytes)
+    return Plan(tuple(pieces.launches.values()), run, pieces.bytes)
 
 
 def _input_plan(spec: ConvSpec) -> Plan:
@@ -121,7 +129,7 @@ def _input_plan(spec: ConvSpec) -> Plan:
             pieces.launches[samples](part, result[start : start + samples] if start else result)
         return result
 
-    return Plan(tuple(pieces.launches.values()), run, pieces.samples * pieces.sample_bytes)
+    return Plan(tuple(pieces.launches.values()), run, pieces.bytes)
 
 
 def _weight_plan(spec: ConvSpec) -> Plan:
@@ -150,7 +158,11 @@ def _weight_plan(spec: ConvSpec) -> Plan:
 
     products = 0 if is_single else spec.batch * entries * spec.itemsize
     launches = tuple(pieces.launches.values())
-    return Plan(launches if is_single else (*launches, sum_up), run, pieces.samples * pieces.sample_bytes + products)
+    return Plan(
+        launches if is_single else (*launches, sum_up),
+        run,
+        pieces.bytes + products,
+    )
 
 
 def _one_product_plan(spec: ConvSpec, pieces: _Pieces) -> Plan:
@@ -175,7 +187,7 @@ def _one_product_plan(spec: ConvSpec, pieces: _Pieces) -> Plan:
         return result
 
     copies = pieces.samples * filters * pieces.length * spec.itemsize
-    return Plan(tuple(pieces.launches.values()), run, pieces.samples * pieces.sample_bytes + copies)
+    return Plan(tuple(pieces.launches.values()), run, pieces.bytes + copies)
 
 
 def _plan(spec: ConvSpec) -> Plan:
@@ -185,8 +197,10 @@ def _plan(spec: ConvSpec) -> Plan:
 
 
 def _rejects(spec: ConvSpec) -> str | None:
-    if spec.dtype != "float32":
+    if spec.itemsize == 2 and spec.direction != FORWARD:
         return "its products would be rounded to the half type before they are added up"
+    if spec.itemsize == 2 and (math.prod(spec.out) % _ALIGNED or spec.image[1] * spec.taps % _ALIGNED):
+        return "BLAS libraries are slow with rows of half types that begin anywhere"
     if spec.taps == 1:
         return "there is nothing to unroll"
     if spec.groups != 1:
@@ -204,10 +218,11 @@ def _work(spec: ConvSpec) -> Work:
     samples = min(spec.batch, max(1, _PIECE_BYTES // (rows * length * spec.itemsize)))
     pieces = cdiv(spec.batch, samples)
     sides = {FORWARD: (filters, length), GRAD_INPUT: (rows, length)}.get(spec.direction, (filters, rows))
-    return Work(
-        cost.flops(spec), cost.filled(spec, *sides, samples), cost.operand_bytes(spec) + 2 * cost.column_bytes(spec),
-        6 * pieces + 2,
-    )  # fmt: skip
+    share = cost.filled(spec, *sides, samples)
+    if spec.itemsize == 2:
+        share = _REACHED_HALF * max(_FILLED_HALF, share)
+    moved = (1 + 2 * spec.channels_last) * cost.operand_bytes(spec) + 2 * cost.column_bytes(spec)
+    return Work(cost.flops(spec), share, moved, 6 * pieces + 2)
 
 
 COLUMNS = Fused("columns", _plan, _rejects, _work).strategy

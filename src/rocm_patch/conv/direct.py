@@ -17,6 +17,7 @@ from rocm_patch.conv.fused import (
     Fused,
     Plan,
     cdiv,
+    copies_to_first,
     dense,
     next_power_of_2,
     only,
@@ -34,8 +35,8 @@ _MANY_ROWS = 8
 _HIGH = 16
 # Sums of a program: more spill on gfx1010 (docs/KERNELS.md).
 _MOST_SUMS, _MOST_SUMS_CUDA = 4096, 8192
-# Programs of grad_weight for each multiprocessor.
-_PROGRAMS = 64
+# Programs of grad_weight for each multiprocessor; from the first number on a second pass costs more than it saves.
+_FEWEST_PROGRAMS, _PROGRAMS = 16, 64
 # What the kernels are compiled for; the sizes of maps are not among them.
 _CONSTANTS = ("C", "KD", "KH", "KW", "SD", "SH", "SW", "LD", "LH", "LW")
 # Products of a position in a program, which are written out one by one.
@@ -44,10 +45,13 @@ _MOST_UNROLLED = 150
 _MOST_CHANNELS = 64
 
 
+def _most_sums() -> int:
+    return _MOST_SUMS_CUDA if target_of(0).backend == "cuda" else _MOST_SUMS
+
+
 def _positions(most: int, of_map: int, batch: int, rows: int) -> tuple[int, int]:
     """Positions of a program, and of how many samples they are; rows: sums for each position."""
-    sums = _MOST_SUMS_CUDA if target_of(0).backend == "cuda" else _MOST_SUMS
-    positions = min(most, 1 << ((sums // rows).bit_length() - 1))
+    positions = min(most, 1 << ((_most_sums() // rows).bit_length() - 1))
     samples = min(batch, max(1, positions // of_map))
     return min(positions, next_power_of_2(samples * of_map)), samples
 
@@ -64,8 +68,8 @@ def _map_plan(spec: ConvSpec) -> Plan:
     rows = _rows_of(spec)
     high = _high(sizes, rows)
     of_map = sizes["OD"] * cdiv(sizes["OH"], high) * sizes["OW"]
-    most, of_a_warp = (512, 128) if rows >= _MANY_ROWS else (64, 64)
-    positions, samples = _positions(most, of_map, spec.batch, rows * high)
+    is_many = rows >= _MANY_ROWS
+    positions, samples = _positions(512 if is_many else 64, of_map, spec.batch, rows * high)
     # Nothing is said of the alignment: stores of four elements a thread would make loads of every fourth.
     kernel = Launch(
         "direct", "forward", (spec.dtype,) * 4, {**only(sizes, *_CONSTANTS), "SAMPLES": samples},
@@ -74,7 +78,7 @@ def _map_plan(spec: ConvSpec) -> Plan:
             "SEVERAL": samples > 1, "POSITIONS": positions,
         },
         (cdiv(samples * of_map, positions), spec.groups * cdiv(sizes["K"], rows), cdiv(spec.batch, samples)),
-        spec.device, warps=max(1, positions // of_a_warp),
+        spec.device, warps=max(1, 4 * rows * high * positions // _most_sums()) if is_many else 1,
     )  # fmt: skip
 
     def run(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -83,7 +87,7 @@ def _map_plan(spec: ConvSpec) -> Plan:
         kernel(first, second, second, result)
         return result
 
-    return Plan((kernel,), run, _copies(spec))
+    return Plan((kernel,), run, copies_to_first(spec))
 
 
 def _phase_plan(spec: ConvSpec) -> Plan:
@@ -104,7 +108,7 @@ def _phase_plan(spec: ConvSpec) -> Plan:
         kernel(grad, weight, result)
         return result
 
-    return Plan((kernel,), run, _copies(spec))
+    return Plan((kernel,), run, copies_to_first(spec))
 
 
 def _constants(spec: ConvSpec, sizes: dict[str, int]) -> dict[str, int | bool]:
@@ -131,7 +135,8 @@ def _weight_plan(spec: ConvSpec) -> Plan:
     positions, samples = _positions(128, of_map, spec.batch, rows * taps)
     tap_rows, filter_blocks = spec.taps // sizes["KW"] * cdiv(sizes["KW"], taps), spec.groups * cdiv(sizes["K"], rows)
     # Blocks of positions are shared out before samples are: the later ones of a program cost less than the first.
-    wanted = cdiv(_PROGRAMS * multiprocessors(spec.device), sizes["C"] * tap_rows * filter_blocks)
+    programs, full = sizes["C"] * tap_rows * filter_blocks, multiprocessors(spec.device)
+    wanted = 1 if programs >= _FEWEST_PROGRAMS * full else cdiv(_PROGRAMS * full, programs)
     blocks, all_times = cdiv(samples * of_map, positions), cdiv(spec.batch, samples)
     steps = cdiv(blocks, min(wanted, blocks))
     times = cdiv(all_times, min(max(1, wanted // blocks), all_times))
@@ -163,14 +168,7 @@ def _weight_plan(spec: ConvSpec) -> Plan:
         return result
 
     launches: tuple[Any, ...] = (kernel, sum_up) if splits > 1 else (kernel,)
-    return Plan(launches, run, _copies(spec) + 4 * splits * entries)
-
-
-def _copies(spec: ConvSpec) -> int:
-    """Operands that are not channels first are copied; so are results that are not to be."""
-    if not spec.channels_last:
-        return 0
-    return (math.prod(spec.image) + math.prod(spec.grad) + math.prod(spec.weight)) * spec.itemsize
+    return Plan(launches, run, copies_to_first(spec) + 4 * splits * entries)
 
 
 def _plan(spec: ConvSpec) -> Plan:

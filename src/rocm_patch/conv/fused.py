@@ -189,6 +189,13 @@ def _on_device(
         return run(first, second)
 
 
+def copies_to_first(spec: ConvSpec) -> int:
+    """Bytes of what `dense` copies where operands are not channels first."""
+    if not spec.channels_last:
+        return 0
+    return (math.prod(spec.image) + math.prod(spec.grad) + math.prod(spec.weight)) * spec.itemsize
+
+
 class _SharedCopies(threading.local):
     """Within, both gradients of one convolution use one copy of what they both read.
 

@@ -17,6 +17,7 @@ from rocm_patch.conv.fused import (
     Fused,
     Plan,
     cdiv,
+    copies_to_first,
     dense,
     is_channels_last,
     result_of,
@@ -145,17 +146,13 @@ def _map_plan(spec: ConvSpec) -> Plan:
 
     launches = (of_filters, *(launch for _, *pair in steps for launch in pair))
     of_weight = _PLACES * filters * channels * spec.itemsize
-    return Plan(launches, run, tiles.at_once * tiles.bytes_each + of_weight + _copies(spec))
+    return Plan(launches, run, tiles.at_once * tiles.bytes_each + of_weight + copies_to_first(spec))
 
 
 def _in_format(spec: ConvSpec, tensor: torch.Tensor) -> torch.Tensor:
     if not spec.channels_last:
         return dense(tensor)
     return tensor if is_channels_last(tensor) else tensor.contiguous(memory_format=memory_format(spec))
-
-
-def _copies(spec: ConvSpec) -> int:
-    return (math.prod(spec.image) + math.prod(spec.grad)) * spec.itemsize if spec.channels_last else 0
 
 
 def _weight_plan(spec: ConvSpec) -> Plan:
@@ -206,7 +203,7 @@ def _weight_plan(spec: ConvSpec) -> Plan:
 
     launches = (back, *(launch for step in steps for launch in step[1:]))
     total = most_splits * _PLACES * entries * spec.itemsize
-    return Plan(launches, run, most_splits * each * tiles.bytes_each + total + _copies(spec))
+    return Plan(launches, run, most_splits * each * tiles.bytes_each + total + copies_to_first(spec))
 
 
 def _split(spec: ConvSpec) -> int:

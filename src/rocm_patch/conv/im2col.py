@@ -229,7 +229,7 @@ def _work(spec: ConvSpec) -> Work:
     share = cost.filled(spec, *sides, 1 if is_small_map(spec) else spec.batch)
     phases_of = math.prod(spec.stride) if spec.direction == GRAD_INPUT else 1
     # Added in place, tap by tap, where grad_input has a stride; elements of half types are copied one by one.
-    passes = 24 if phases_of > 1 else 16 if spec.itemsize == 2 else 4
+    passes = 24 if phases_of > 1 else 8 * spec.stride[-1] if spec.itemsize == 2 else 4
     if spec.taps == 1:
         passes = 2
     moved = cost.operand_bytes(spec) + passes * cost.column_bytes(spec)

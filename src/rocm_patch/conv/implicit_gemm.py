@@ -151,7 +151,8 @@ def _map_plan(spec: ConvSpec, blocks: Blocks) -> Plan:
         return result
 
     launches = (gemm, *((copy, of_weight) if last else ()), *((sum_up,) if splits > 1 else ()))
-    copies = (math.prod(source) + math.prod(spec.weight)) * spec.itemsize
+    # A weight with channels last is made dense before it is brought into grad_input's order.
+    copies = (math.prod(source) + (2 if spec.channels_last else 1) * math.prod(spec.weight)) * spec.itemsize
     return Plan(launches, run, copies + (4 * splits * length if splits > 1 else 0))
 
 
@@ -288,7 +289,10 @@ def _work(spec: ConvSpec, rows: int) -> Work:
     padding = of_rows / (cdiv(of_rows, rows) * rows)
     if last:
         padding *= depth / (cdiv(depth, blocks.summed) * blocks.summed)
-    copies = (2 + is_weight) * max(math.prod(spec.image), math.prod(spec.grad)) * spec.itemsize if last else 0
+    copies = 0
+    if last:
+        copies = (2 + is_weight) * max(math.prod(spec.image), math.prod(spec.grad)) * spec.itemsize
+        copies += 0 if is_weight else 3 * math.prod(spec.weight) * spec.itemsize
     # Sums for the weight go through float32 parts, twice.
     parts = 16 * math.prod(spec.weight) * max(1, round(processors / programs)) if is_weight else 0
     if not is_weight and cuts > 1:

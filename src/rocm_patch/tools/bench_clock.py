@@ -12,7 +12,7 @@ from typing import Any
 from rocm_patch.settings import LOGGER
 from rocm_patch.tools.bench_peers import is_compiling, override
 
-_SLEEP_MS = 0.3  # queued before a call so that the host runs ahead of the GPU
+_SLEEP_MS = 0.3  # queued before a call, and twice the host's time for it: so the host runs ahead of the GPU
 _SLOW_CALL = 1.0  # seconds above which a call is not repeated ten times
 _MOST_WAIT = 120.0  # seconds that kernels may take to compile in the background
 
@@ -60,26 +60,26 @@ class Clock:
         self.device, self._on_gpu = device, device != "cpu"
         self._cuda: Any = torch.cuda
         self.warm_ups, self._calls = (1, 1) if quick else (3, 10) if self._on_gpu else (1, 5)
-        self._cycles = 100_000
+        self._cycles_a_ms = 0.0
         if self._on_gpu:
             # What a cycle is differs from GPU to GPU.
-            taken = min(self._one(lambda: self._cuda._sleep(100_000), False) for _ in range(5))
-            self._cycles = max(1, int(100_000 * _SLEEP_MS / max(taken, 1e-3)))
+            taken = min(self._one(lambda: self._cuda._sleep(100_000)) for _ in range(5))
+            self._cycles_a_ms = 100_000 / max(taken, 1e-3)
 
     def finish(self) -> None:
         """Wait until the device has done what it was given."""
         if self._on_gpu:
             self._cuda.synchronize()
 
-    def _one(self, call: Callable[[], object], ahead: bool) -> float:
+    def _one(self, call: Callable[[], object], sleep_ms: float = 0.0) -> float:
         self.finish()
         if not self._on_gpu:
             begin = time.perf_counter()
             call()
             return 1e3 * (time.perf_counter() - begin)
         start, end = (self._cuda.Event(enable_timing=True) for _ in range(2))
-        if ahead:
-            self._cuda._sleep(self._cycles)
+        if sleep_ms:
+            self._cuda._sleep(int(self._cycles_a_ms * sleep_ms))
         start.record()
         call()
         end.record()
@@ -88,7 +88,7 @@ class Clock:
 
     def times(self, call: Callable[[], object]) -> dict[str, Any]:
         """`ms`, `device_ms`, `mib` and `calls` of a `Row`, for a call that is warm."""
-        first = self._one(call, False)
+        first = self._one(call)
         calls = self._calls if first < 1e3 * _SLOW_CALL else min(self._calls, 3)
         found: dict[str, Any] = {"ms": self.median(call, calls), "calls": calls}
         if self._on_gpu:
@@ -101,8 +101,23 @@ class Clock:
         return found
 
     def median(self, call: Callable[[], object], calls: int, ahead: bool = False) -> float:
-        """Of the times of so many calls, in milliseconds."""
-        return statistics.median(self._one(call, ahead) for _ in range(calls))
+        """Of the times of so many calls, in milliseconds.
+
+        Args:
+            call: what is timed.
+            calls: how often.
+            ahead: of the GPU alone: it is given work first, which lasts until the host has started the call.
+        """
+        sleep_ms = 0.0
+        if ahead and self._on_gpu:
+            spent = []
+            for _ in range(3):
+                self.finish()
+                begin = time.perf_counter()
+                call()
+                spent.append(1e3 * (time.perf_counter() - begin))
+            sleep_ms = _SLEEP_MS + 2 * max(spent)
+        return statistics.median(self._one(call, sleep_ms) for _ in range(calls))
 
 
 def measure_rates(clock: Clock, dtypes: Sequence[str], quick: bool) -> dict[str, Any]:

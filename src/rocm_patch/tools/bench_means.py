@@ -16,12 +16,14 @@ _KEY = ("layer", "image", "weight", "stride", "padding", "dilation", "groups", "
 _HINT = "make the file with rocm-patch bench --json > old.json"
 
 _Row = Mapping[str, Any]
+_Rows = Mapping[str, _Row]
 
 
 def summary(rows: Sequence[_Row]) -> dict[str, Any]:
     """Per type and mode: geometric means over the layers where both have a time, and where ours is not the best.
 
-    Each mean is `{"mean": ratio, "layers": how many}`, or None where no layer has both.
+    Each mean is `{"mean": ratio, "layers": how many}`, or None where no layer has both. `on_device` has the same of
+    the device's own time.
 
     Args:
         rows: as in the JSON document.
@@ -35,23 +37,32 @@ def summary(rows: Sequence[_Row]) -> dict[str, Any]:
         ours, vendor, off, unfold = (
             by_name.get(name, {}) for name in ("ours", "vendor", "vendor_off", "unfold_matmul")
         )
+
+        def of(
+            what: str, ours: _Rows = ours, vendor: _Rows = vendor, off: _Rows = off, unfold: _Rows = unfold
+        ) -> _Row:
+            return {
+                "ours_over_vendor": _mean(ours, vendor, what),
+                "vendor_off_over_ours": _mean(off, ours, what),
+                "unfold_matmul_over_ours": _mean(unfold, ours, what),
+                "slower_than_vendor_off": [name for name, ratio in _ratios(ours, off, what).items() if ratio > 1],
+            }
+
         found.setdefault(dtype, {})[mode] = {
-            "ours_over_vendor": _mean(ours, vendor, "ms"),
-            "vendor_off_over_ours": _mean(off, ours, "ms"),
-            "unfold_matmul_over_ours": _mean(unfold, ours, "ms"),
+            **of("ms"),
+            "on_device": of("device_ms"),
             "memory_ours_over_vendor": _mean(ours, vendor, "mib"),
-            "slower_than_vendor_off": [name for name, ratio in _ratios(ours, off, "ms").items() if ratio > 1],
             "ours_without_a_time": [name for name, row in ours.items() if row["ms"] is None],
         }
     return found
 
 
-def _ratios(above: Mapping[str, _Row], below: Mapping[str, _Row], what: str) -> dict[str, float]:
-    pairs = {name: (row[what], below[name][what]) for name, row in above.items() if name in below}
+def _ratios(above: _Rows, below: _Rows, what: str) -> dict[str, float]:
+    pairs = {name: (row.get(what), below[name].get(what)) for name, row in above.items() if name in below}
     return {name: a / b for name, (a, b) in pairs.items() if a and b}
 
 
-def _mean(above: Mapping[str, _Row], below: Mapping[str, _Row], what: str) -> dict[str, Any] | None:
+def _mean(above: _Rows, below: _Rows, what: str) -> dict[str, Any] | None:
     logs = [math.log(ratio) for ratio in _ratios(above, below, what).values()]
     return {"mean": math.exp(sum(logs) / len(logs)), "layers": len(logs)} if logs else None
 

@@ -17,6 +17,9 @@ _MARKS = {
 }  # fmt: skip
 
 
+_TIMES = {"ms": "as called", "device_ms": "time of the device"}
+
+
 def need_matplotlib() -> Any:
     """The part of matplotlib that is drawn with; asked for before anything is measured.
 
@@ -45,12 +48,14 @@ def write(document: Mapping[str, Any], path: Path) -> None:
     axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
     for axis, (dtype, mode) in zip(axes, panels, strict=True):
         shown = [row for row in rows if (row["dtype"], row["mode"]) == (dtype, mode) and row["ms"]]
+        # A GPU's own time, where there is one: what the host takes beside it differs from machine to machine.
+        time = "device_ms" if all(row.get("device_ms") for row in shown) else "ms"
         for name in dict.fromkeys(row["contender"] for row in shown):
             own = [row for row in shown if row["contender"] == name]
             marker, colour = _MARKS.get(name, (".", "#b0b0b0"))
             label = name if name in _MARKS else "_"  # matplotlib leaves such a label out of the legend
             axis.plot(
-                [layers.index(row["layer"]) for row in own], [row["ms"] for row in own], linestyle="none",
+                [layers.index(row["layer"]) for row in own], [row[time] for row in own], linestyle="none",
                 marker=marker, color=colour, label=label, zorder=3 if name == "ours" else 2,
             )  # fmt: skip
         best = {row["layer"]: row["ms"] * row["roofline"] for row in shown if row["roofline"]}
@@ -61,7 +66,7 @@ def write(document: Mapping[str, Any], path: Path) -> None:
         if shown:
             axis.set_yscale("log")
         axis.set_ylabel("ms")
-        axis.set_title(f"{dtype}, {mode.replace('_', ' + ')}; single strategies grey", fontsize=9)
+        axis.set_title(f"{dtype}, {mode.replace('_', ' + ')}, {_TIMES[time]}; single strategies grey", fontsize=9)
         axis.grid(axis="y", alpha=0.3)
     axes[0].legend(fontsize=7, ncols=4)
     names = [name if len(name) < 40 else name[:37] + "..." for name in layers]
