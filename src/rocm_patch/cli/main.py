@@ -16,6 +16,7 @@ import typer
 from rocm_patch._version import __version__
 from rocm_patch.cli import bench as measuring
 from rocm_patch.cli import cache, proving
+from rocm_patch.cli import tune as tuning
 from rocm_patch.cli.arguments import split_run
 from rocm_patch.errors import RocmPatchError
 from rocm_patch.launch.run import BrokenScriptError, Target
@@ -265,6 +266,7 @@ def report(
 app.command(context_settings={"allow_extra_args": True})(proving.probe)
 app.command()(proving.demo)
 app.command()(measuring.bench)
+app.command()(tuning.tune)
 app.add_typer(cache.app, name="cache")
 
 
@@ -288,6 +290,9 @@ def main(argv: Sequence[str] | None = None) -> Any:
     if arguments[:1] == ["run"]:
         ours, target = split_run(arguments[1:])
         arguments = ["run", *ours]
+    elif arguments[:1] == ["tune"]:
+        ours, target = tuning.split(arguments[1:])
+        arguments = ["tune", *ours]
     try:
         return app(args=arguments, prog_name="rocm-patch", obj=target)
     except RocmPatchError as error:
