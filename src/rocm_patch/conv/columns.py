@@ -184,6 +184,7 @@ def _one_product_plan(spec: ConvSpec, pieces: _Pieces) -> Plan:
                 matrix.addmm_(rows, columns.t())
             else:
                 torch.mm(rows, columns.t(), out=matrix)
+            del rows  # before the next piece's are made
         return result
 
     copies = pieces.samples * filters * pieces.length * spec.itemsize
