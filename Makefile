@@ -5,6 +5,8 @@
 PYTHON ?= python3
 # A smaller CPU build of torch, where it can be reached: make test TORCH='torch==2.13.0 --index-url ...'
 TORCH ?= torch==2.13.0
+# Compiles for AMD cards that are not here.
+TRITON ?= triton==3.7.1
 # A Python that has torch 1.13, the generation of the original (Debian 12: apt install python3-torch).
 LEGACY_PYTHON ?= /usr/bin/python3.11
 
@@ -19,7 +21,7 @@ HAS_LEGACY := $(shell $(LEGACY_PYTHON) -c "import torch; print(torch.__version__
 demo: $(VENV)/ready
 	$(VENV)/bin/python examples/demo.py
 
-test: $(VENV)/ready check
+test: $(VENV)/ready .triton/ready check
 	rm -rf .outcomes
 	$(VENV)/bin/python -m pytest $(PARALLEL) -m "not alone"
 	$(VENV)/bin/python -m pytest -m alone
@@ -44,10 +46,16 @@ $(VENV)/ready: pyproject.toml
 	$(VENV)/bin/python -m pip install -q -e '.[dev]'
 	touch $@
 
+# Not in an environment of its own: most tests are to find no Triton, as on a machine without one.
+.triton/ready: Makefile
+	rm -rf .triton
+	$(PYTHON) -m pip install -q --no-deps --target .triton $(TRITON)
+	touch $@
+
 $(LEGACY_VENV)/ready: pyproject.toml
 	$(LEGACY_PYTHON) -m venv --system-site-packages $(LEGACY_VENV)
 	$(LEGACY_VENV)/bin/python -m pip install -q -e '.[test]' 'numpy<2'
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LEGACY_VENV) .outcomes
+	rm -rf $(VENV) $(LEGACY_VENV) .outcomes .triton

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ TUNE_VARIABLE = "ROCM_PATCH_TUNE"
 # Slower by estimate than the best by so much, a strategy is not tried; the estimates are not that far off.
 _WORTH_TRYING = 6.0
 _REPEATS = 5
+_AHEAD_MS, _CYCLES = 1.0, 100_000
 # One that took so much longer than the best at its first call is not called again.
 _HOPELESS = 3.0
 # A program with ever new shapes is not timed for ever.
@@ -140,18 +142,34 @@ def _event() -> Any:
 
 
 def _once(strategy: Strategy, run: Run, operand: torch.Tensor) -> float:
-    """Seconds of one call: the device's where there is one."""
+    """Seconds of one call: the device's own where there is one, which other work of the host does not change."""
     if not operand.is_cuda:
         start = time.perf_counter()
         run(strategy)
         return time.perf_counter() - start
     with torch.cuda.device(operand.device):
+        # Until the host has started the call the device is kept busy.
+        torch.cuda._sleep(int(_AHEAD_MS * _cycles_a_ms(operand.device)))  # type: ignore[no-untyped-call, unused-ignore]
         begin, end = _event(), _event()
         begin.record()
         run(strategy)
         end.record()
         end.synchronize()
         return float(begin.elapsed_time(end)) / 1e3
+
+
+@cache
+def _cycles_a_ms(device: torch.device) -> float:
+    """What `torch.cuda._sleep` counts differs from GPU to GPU."""
+    taken = []
+    for _ in range(3):
+        begin, end = _event(), _event()
+        begin.record()
+        torch.cuda._sleep(_CYCLES)  # type: ignore[no-untyped-call, unused-ignore]
+        end.record()
+        end.synchronize()
+        taken.append(float(begin.elapsed_time(end)))
+    return _CYCLES / max(min(taken), 1e-3)
 
 
 def _starts_on() -> bool:

@@ -7,6 +7,7 @@ this process, and every later one, loads it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -24,6 +25,7 @@ _LIMIT_SECONDS = 180.0
 _MOST_CHILDREN = 8
 # How long a child is kept that has nothing to do.
 _IDLE_SECONDS = 5.0
+_END_SECONDS = 2.0
 
 
 class Compilation:
@@ -31,10 +33,11 @@ class Compilation:
 
     Attributes:
         failure: why it cannot be had, None while that is not known.
+        over: set once that is decided.
     """
 
-    def __init__(self, variant: Variant, target: Target) -> None:
-        self.variant, self.target = variant, target
+    def __init__(self, variant: Variant, target: Target, is_to_run: bool) -> None:
+        self.variant, self.target, self.is_to_run = variant, target, is_to_run
         self.failure: str | None = None
         self.over = threading.Event()
 
@@ -49,13 +52,19 @@ class Compiler:
         self._workers = 0
         self._idle = 0
 
-    def ask(self, variant: Variant, target: Target) -> Compilation:
-        """Have it compiled; the same answer to the same question."""
+    def ask(self, variant: Variant, target: Target, is_to_run: bool = True) -> Compilation:
+        """Have it compiled; the same answer to the same question.
+
+        Args:
+            variant: what.
+            target: for which GPU.
+            is_to_run: it will be run here, on such a GPU: have all that is needed for that.
+        """
         key = (variant, target)
         with self._lock:
             found = self._asked.get(key)
             if found is None:
-                found = self._asked[key] = Compilation(variant, target)
+                found = self._asked[key] = Compilation(variant, target, is_to_run)
                 self._jobs.put(found)
                 if not self._idle and self._workers < min(_MOST_CHILDREN, (os.cpu_count() or 2) // 2):
                     self._workers += 1
@@ -86,7 +95,7 @@ class Compiler:
                 child = self._serve(job, child)
         finally:
             if child is not None:
-                child.end(2.0)
+                child.end(_END_SECONDS)
 
     def _serve(self, job: Compilation, child: Any) -> Any:
         """Compile one; returns the child if it can go on."""
@@ -97,19 +106,29 @@ class Compiler:
                 child = Child(sys.executable, "rocm_patch.kernels.compiling", [json.dumps(sys.path)], os.environ)
             child.send(_request(job))
             job.failure = _answer(child)
-            if job.failure is None:
+            if job.failure is None and job.is_to_run:
                 _prepare(job)
         except Exception as error:  # noqa: BLE001
             # Whatever goes wrong while a kernel is made is a reason not to use it, never one to end the program.
             job.failure = f"{type(error).__name__}: {error}".split("\n")[0]
-        finally:
-            job.over.set()
         if job.failure is not None:
             LOGGER.info("the kernel %s cannot be compiled: %s", job.variant, job.failure)
             if child is not None:
-                child.end(2.0)
-            return None
+                _end(child, job)
+                child = None
+        job.over.set()
         return child
+
+
+def _end(child: Any, job: Compilation) -> None:
+    """The next kernel gets a child that nothing has gone wrong in."""
+    was_over, said, status = False, "", None
+    with contextlib.suppress(OSError):  # somebody else has waited for it
+        was_over, said = child.is_over(), child.last_words()
+        status = child.end(_END_SECONDS)
+    if was_over:
+        how = f"by {signal.Signals(-status).name}" if status is not None and status < 0 else f"with {status}"
+        job.failure = f"the compiler ended {how}: {said}"[:400]
 
 
 def _request(job: Compilation) -> dict[str, Any]:
@@ -125,10 +144,7 @@ def _answer(child: Any) -> str | None:
             failure: str | None = answer["failure"]
             return failure
         if child.is_over():
-            said = child.last_words()
-            status = child.end(2.0)
-            how = f"by {signal.Signals(-status).name}" if status is not None and status < 0 else f"with {status}"
-            return f"the compiler ended {how}: {said}"[:400]
+            return "the compiler ended"
     return f"not compiled within {_LIMIT_SECONDS:.0f} s"
 
 
