@@ -113,7 +113,7 @@ def _workspace_bytes(spec: ConvSpec, budget: int) -> int:
 
 def _work(spec: ConvSpec) -> Work:
     # Putting small maps together takes many small operations, which the host has to start.
-    launches = 16 if spec.itemsize == 2 and is_small_map(spec) and not spec.channels_last else 6
+    launches = 10 if spec.itemsize == 2 and is_small_map(spec) and not spec.channels_last else 6
     return Work(cost.flops(spec), 1.0, 1.5 * cost.operand_bytes(spec), launches)
 
 
