@@ -129,6 +129,21 @@ def test_a_refused_card_is_a_reason_to_reject(with_triton):
     assert "PassManager" in with_triton("-c", textwrap.dedent(REFUSED))
 
 
+BUDGET = """
+    from rocm_patch.conv.cases import CASES
+    from rocm_patch.trust.choose import Chooser
+    spec = CASES[3].spec("forward")
+    for workspace in (100, 1 << 30):
+        print(*sorted(s.name for s in Chooser(workspace=workspace).ranked(spec) if not s.is_bounded))
+"""
+
+
+def test_a_kernel_that_takes_more_memory_than_is_allowed_is_not_chosen(with_triton):
+    little, much = with_triton("-c", textwrap.dedent(BUDGET), TRITON_INTERPRET="1").splitlines()
+    assert little == "direct"  # takes none
+    assert "columns" in much and "implicit_gemm_16" in much
+
+
 REASON = """
     from rocm_patch.conv import COLUMNS, DIRECT, IMPLICIT_GEMMS, likeliest
     from rocm_patch.conv.cases import CASES

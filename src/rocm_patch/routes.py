@@ -117,7 +117,7 @@ class Routes:
         self._tuner = tuner
         if tuner is not None:
             chooser.timed = tuner.timings.of
-        self._workspace = workspace
+        self._workspace = chooser.workspace = workspace
         chooser.verdict = guard.verdicts.of
         self.guard, self.fault, self._on_spec = guard, fault, on_spec
         self._witness = guard.witness

@@ -135,6 +135,7 @@ class Fused:
             work,
             is_approximate,
             self._is_ready,
+            is_bounded=False,
         )
 
     def _plan(self, spec: ConvSpec) -> Plan:

@@ -44,6 +44,7 @@ class Strategy:
             per element type.
         rejects: the reason why a spec cannot be computed this way, or None.
         work: what it does for a spec, from which its time is estimated (`seconds`).
+        is_bounded: whether it cuts large calls so that they fit the budget; if not it is to be used where they do.
         is_ready: whether it can be called for a spec without having to compile something first, which the question
             has begun; with True it comes back when that is decided.
         is_approximate: whether its error is larger than that of sums of products (`exact=True` leaves it out).
@@ -57,6 +58,7 @@ class Strategy:
     work: Callable[[ConvSpec], Work] = _no_work
     is_approximate: bool = False
     is_ready: Callable[[ConvSpec, bool], bool] = _always
+    is_bounded: bool = True
 
     def seconds(self, spec: ConvSpec) -> float:
         """How long it is likely to take."""

@@ -115,7 +115,7 @@ def rows(specs: Iterable[ConvSpec], settings: Settings, again: bool = False) -> 
     from rocm_patch.tuning import Tuner
 
     # It ranks by estimate, since it is given no timings.
-    chooser = Chooser("bypass", exact=settings.exact)
+    chooser = Chooser("bypass", exact=settings.exact, workspace=settings.workspace)
     guard = guarding.guard_for(chooser, settings)
     chooser.verdict = guard.verdicts.of
     timings = guarding.timings_for(guard, settings)

@@ -14,6 +14,7 @@ import torch
 
 from rocm_patch.conv import NATIVE, STRATEGIES, Strategy, likeliest
 from rocm_patch.conv.spec import ConvSpec
+from rocm_patch.conv.strategy import workspace_budget
 from rocm_patch.errors import NothingWorksError, UsageError
 from rocm_patch.settings import POLICIES
 from rocm_patch.trust.store import Verdict
@@ -51,6 +52,8 @@ class Chooser:
         native_up_to: under `bypass`, images whose largest side is at most this go to native, as `guarded`
             would (the original's SELECTIVE strategy).
         exact: leave out algorithms whose error is larger than a matrix product's (Winograd's).
+        workspace: bytes that one convolution may take beyond its operands and result; None for the default,
+            `workspace_budget`.
         bypass_dtypes: under `guarded`, types that native is known to crash for on this machine.
         verdict: what is known of a spec and a strategy on this machine.
         timed: seconds that strategies took for a spec on this machine, by name; empty where none was timed.
@@ -61,6 +64,7 @@ class Chooser:
     native_up_to: int | None = None
     bypass_dtypes: tuple[str, ...] = ()
     exact: bool = False
+    workspace: int | None = None
     verdict: Callable[[ConvSpec, str], Verdict | None] = field(default=_nothing_known, compare=False, repr=False)
     timed: Callable[[ConvSpec], Mapping[str, float]] = field(default=_nothing_timed, compare=False, repr=False)
 
@@ -135,5 +139,12 @@ class Chooser:
                 strategy.seconds(spec) if known is None else known,
             )  # fmt: skip
 
-        ours = [strategy for strategy in likeliest(spec) if not (self.exact and strategy.is_approximate)]
-        return sorted(ours, key=place)
+        return sorted((strategy for strategy in likeliest(spec) if self._may_serve(spec, strategy)), key=place)
+
+    def _may_serve(self, spec: ConvSpec, strategy: Strategy) -> bool:
+        if self.exact and strategy.is_approximate:
+            return False
+        if strategy.is_bounded:
+            return True
+        budget = workspace_budget(torch.device(spec.device)) if self.workspace is None else self.workspace
+        return strategy.workspace_bytes(spec, budget) <= budget
