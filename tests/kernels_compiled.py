@@ -85,25 +85,28 @@ SHAPES = (
 )  # fmt: skip
 
 
+HEADS = ("kernel", "block", "warps", "stages", "variants")
+TAKES = (
+    ("VGPRs", "vgprs"), ("SGPRs", "sgprs"), ("LDS bytes", "lds_bytes"), ("SGPR spills", "sgpr_spills"),
+    ("VGPR spills", "vgpr_spills"), ("scratch bytes", "scratch_bytes"),
+)  # fmt: skip
+
+
 def tables(rows_of):
-    """Markdown: a table per card, a line per kernel, block and first type, with the most that any variant takes."""
+    """Markdown: a table per card, a line per kernel and block, with the most that any variant takes."""
     lines = []
     for arch, rows in rows_of.items():
-        lines += [
-            f"### {arch}",
-            "",
-            "| kernel | block | warps | stages | type | variants | VGPRs | SGPRs | LDS bytes | spills |",
-        ]
-        lines += ["| --- | --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |"]
+        heads = (*HEADS, *(head for head, _ in TAKES))
+        lines += [f"### {arch}", "", "| " + " | ".join(heads) + " |"]
+        lines += ["| --- | --- |" + " ---: |" * (len(heads) - 2)]
         groups = {}
         for row in rows:
             block = " ".join(f"{name}={row['constants'][name]}" for name in SHAPES if name in row["constants"])
-            groups.setdefault((row["kernel"], block, row["warps"], row["stages"], row["types"][0]), []).append(row)
+            groups.setdefault((row["kernel"], block, row["warps"], row["stages"]), []).append(row)
         for key in sorted(groups):
             found = groups[key]
-            most = [max(row[name] for row in found) for name in ("vgprs", "sgprs", "lds_bytes")]
-            spills = max(row["vgpr_spills"] + row["sgpr_spills"] for row in found)
-            lines.append("| " + " | ".join(map(str, (*key, len(found), *most, spills))) + " |")
+            most = [max(row[name] for row in found) for _, name in TAKES]
+            lines.append("| " + " | ".join(map(str, (*key, len(found), *most))) + " |")
         lines.append("")
     return lines
 

@@ -247,6 +247,9 @@ def _rows_of(spec: ConvSpec) -> int:
 def _rejects(spec: ConvSpec, rows: int) -> str | None:
     if _blocks(spec, rows) is None:
         return f"no block of {rows} rows for this card and {spec.dtype}"
+    is_last = spec.channels_last and spec.weight[1] < _FEWEST_CHANNELS
+    if is_last and spec.direction == FORWARD and rows >= 64 and _blocks(spec, rows) in FMA:
+        return "its addresses and sums are more than the registers of gfx10 hold"
     if rows >= 2 * max(ROWS[-1], _rows_of(spec)):
         return "half of a block would be padding"
     if spec.groups > MOST_BLOCKS or math.prod(spec.stride) * _MOST_SPLITS > MOST_BLOCKS or spec.batch > MOST_BLOCKS:

@@ -97,7 +97,9 @@ class Variant:
 
 
 def resources(kernel: Any) -> dict[str, int]:
-    """What a compiled AMD kernel takes: vector and scalar registers, those spilled to memory, LDS bytes.
+    """What a compiled AMD kernel takes: vector and scalar registers, those spilled, bytes of LDS and of scratch.
+
+    Vector registers are spilled to scratch, which is memory; scalar ones to lanes of vector registers.
 
     Read from the metadata of the code object that LLVM writes into the assembly ("Code Object V5 Metadata" in LLVM's
     AMDGPU user guide).
@@ -106,6 +108,7 @@ def resources(kernel: Any) -> dict[str, int]:
     fields = {
         "vgprs": "vgpr_count", "vgpr_spills": "vgpr_spill_count", "sgprs": "sgpr_count",
         "sgpr_spills": "sgpr_spill_count", "lds_bytes": "group_segment_fixed_size",
+        "scratch_bytes": "private_segment_fixed_size",
     }  # fmt: skip
     found = {}
     for name, field in fields.items():
