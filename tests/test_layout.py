@@ -10,8 +10,8 @@ from conftest import ROOT, python
 PACKAGE = ROOT / "src" / "rocm_patch"
 # Imports point only to rooms further up in this list.
 ROOMS = (
-    "_version", "errors", "settings", "fallback", "machine", "child", "kernels", "conv", "trust", "tuning", "routes",
-    "dispatch", "workers", "overrides", "launch", "api", "miopen_bypass", "tools", "cli", "__main__",
+    "_version", "errors", "settings", "fallback", "machine", "child", "kernels", "conv", "trust", "route", "tuning",
+    "routes", "dispatch", "workers", "overrides", "launch", "api", "miopen_bypass", "tools", "cli", "__main__",
 )  # fmt: skip
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if "launch/site" not in str(path))
 

@@ -283,11 +283,19 @@ def test_a_script_runs_with_its_arguments_and_exit_code_and_is_timed(place):
 
 
 @pytest.mark.parametrize(
-    "environ", [{"ROCM_PATCH": "0"}, {"ROCM_PATCH_BACKEND": "cpu", "ROCM_PATCH_CONV": "guarded"}]
+    ("environ", "why", "hint"),
+    [
+        ({"ROCM_PATCH": "0"}, "nothing will be timed: switched off by ROCM_PATCH=0", "leave ROCM_PATCH=0 out"),
+        (
+            {"ROCM_PATCH_BACKEND": "cpu", "ROCM_PATCH_CONV": "guarded"},
+            "nothing will be timed, convolutions go by the policy guarded",
+            "ROCM_PATCH_CONV=bypass",
+        ),
+    ],
 )
-def test_a_script_that_will_not_be_timed_says_so(place, environ):
+def test_a_script_that_will_not_be_timed_says_so(place, environ, why, hint):
     done = place.command("tune", "program.py", "15", **environ)
-    assert "nothing will be timed" in done.stderr and "\nhint: " in done.stderr and TUNED not in done.stderr
+    assert why in done.stderr and f"\nhint: {hint}" in done.stderr and TUNED not in done.stderr
     assert place.timed() == {}
 
 
@@ -332,7 +340,7 @@ def test_what_cannot_be_timed_is_reported_and_the_exit_code(place, monkeypatch, 
     ("line", "message"),
     [
         ("", "nothing to tune"),
-        ("missing.py 1", "cannot run 'missing.py': no such file"),
+        ("missing.py 1", "cannot run 'missing.py': no such file\nhint: rocm-patch tune MODEL"),
         ("broken.py", "cannot run 'broken.py': "),
         ("--json program.py 15", "--json is for a model, and program.py is a script"),
         ("--channels-last program.py", "--channels-last is for a model"),

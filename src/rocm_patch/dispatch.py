@@ -17,7 +17,8 @@ from rocm_patch.conv import NATIVE, native
 from rocm_patch.conv.call import Geometry, backward_specs, forward_spec, looks
 from rocm_patch.conv.fused import SHARED_COPIES
 from rocm_patch.conv.spec import ConvSpec
-from rocm_patch.routes import Route, Routes, remember
+from rocm_patch.route import Route
+from rocm_patch.routes import Routes, remember
 
 
 class Dispatcher:
@@ -106,7 +107,8 @@ class Dispatcher:
             return by_native(*output_mask)
 
         of_input, of_weight = asked
-        if (of_input or of_weight).strategy is NATIVE:  # type: ignore[union-attr]
+        one = of_input or of_weight
+        if one is not None and one.strategy is NATIVE:
             grads = self.routes.natives_at_once(asked, partial(by_native, *output_mask))
             if grads is not None:
                 return grads  # type: ignore[no-any-return]

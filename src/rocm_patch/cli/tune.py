@@ -133,7 +133,8 @@ def _run_script(context: typer.Context, backend: str) -> None:
     build = launcher.program_build(environ)[1]
     chosen = backends.decide(hardware.read_machine(settings.sysfs_root), build, settings, launch.environ)
     if chosen.backend is None:
-        notices.append(f"nothing will be timed: {chosen.why}\nhint: rocm-patch tune --backend hip|cuda|cpu SCRIPT.py")
+        hint = "rocm-patch tune --backend hip|cuda|cpu SCRIPT.py" if settings.enabled else "leave ROCM_PATCH=0 out"
+        notices.append(f"nothing will be timed: {chosen.why}\nhint: {hint}")
     elif chosen.policy != "bypass":
         notices.append(
             f"nothing will be timed, convolutions go by the policy {chosen.policy}: {chosen.why}\n"

@@ -154,7 +154,7 @@ def _timed(spec: ConvSpec, tuner: Tuner, workspace: int | None) -> dict[str, flo
 
     from rocm_patch.conv import Strategy
     from rocm_patch.conv.strategy import memory_format, workspace_budget
-    from rocm_patch.routes import Route
+    from rocm_patch.route import Route
 
     first, second = _operands(spec)
     layout = memory_format(spec)

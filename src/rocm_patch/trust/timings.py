@@ -72,8 +72,9 @@ class Timings:
         self._alike.setdefault(bucket(spec), {}).update(seconds)
 
     def enter(self, spec: ConvSpec, seconds: Mapping[str, float]) -> None:
-        """Keep what was timed just now."""
-        self._keep(spec, seconds)
+        """Keep what was timed just now, instead of what was timed before."""
+        self._exact[spec] = dict(seconds)
+        self._alike[bucket(spec)] = dict(seconds)
         for name, taken in seconds.items():
             known = self._verdicts.of(spec, name)
             calls = 1 if known is None else max(1, known.calls)
