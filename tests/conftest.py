@@ -13,9 +13,12 @@ MACHINES = ROOT / "tests" / "machines"
 PATCHED_VARIABLES = (
     "MIOPEN_DEBUG_CONV_IMPLICIT_GEMM", "HSA_OVERRIDE_GFX_VERSION", "HSA_USE_SVM", "HSA_XNACK",
 )  # fmt: skip
-# A shell's background jobs start with SIGINT ignored, and so would the programs that are interrupted here.
+# A shell's background jobs start with SIGINT ignored, and what nohup starts with SIGHUP; and so would the programs
+# that are interrupted here.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 _outcomes: dict[str, str] = {}
 _SESSION_CACHE = tempfile.TemporaryDirectory(prefix="rocm-patch-tests-")
 

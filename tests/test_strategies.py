@@ -127,6 +127,7 @@ def error_of(result, exact, magnitude, spec):
     return (wide(result) - exact).norm().item() / scale
 
 
+@pytest.mark.timeout(900)
 @settings(
     max_examples=EXAMPLES, deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
