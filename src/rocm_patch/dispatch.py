@@ -15,8 +15,8 @@ import torch
 
 from rocm_patch.conv import NATIVE, native
 from rocm_patch.conv.call import Geometry, backward_specs, forward_spec, looks
-from rocm_patch.conv.fused import SHARED_COPIES
 from rocm_patch.conv.spec import ConvSpec
+from rocm_patch.conv.to_last import SHARED_COPIES
 from rocm_patch.route import Route
 from rocm_patch.routes import Routes, remember
 

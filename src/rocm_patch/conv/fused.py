@@ -7,7 +7,6 @@ its kernels are compiled while other strategies serve, and from then on a call c
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
@@ -77,15 +76,6 @@ def dense(tensor: torch.Tensor) -> torch.Tensor:
     """Channels first without gaps, aligned as the kernels want it; a copy only where it must be one."""
     found = tensor.contiguous()
     return found if fits(found) else found.clone()
-
-
-def is_channels_last(tensor: torch.Tensor) -> bool:
-    """Whether its memory is dense with channels last."""
-    if tensor.dim() == 4:
-        return tensor.is_contiguous(memory_format=torch.channels_last) and fits(tensor)
-    if tensor.dim() == 5:
-        return tensor.is_contiguous(memory_format=torch.channels_last_3d) and fits(tensor)
-    return False
 
 
 def _rejects_all(spec: ConvSpec) -> str | None:
@@ -195,70 +185,6 @@ def copies_to_first(spec: ConvSpec) -> int:
     if not spec.channels_last:
         return 0
     return (math.prod(spec.image) + math.prod(spec.grad) + math.prod(spec.weight)) * spec.itemsize
-
-
-class _SharedCopies(threading.local):
-    """Within, both gradients of one convolution use one copy of what they both read.
-
-    A context manager; one for all threads, that has each thread's own.
-    """
-
-    is_open = False
-    source: torch.Tensor | None = None
-    copy: torch.Tensor | None = None
-
-    def __enter__(self) -> None:
-        self.is_open = True
-
-    def __exit__(self, *_: object) -> None:
-        self.is_open = False
-        self.source = self.copy = None
-
-
-SHARED_COPIES = _SharedCopies()
-
-
-def in_last(copy: Launch, tensor: torch.Tensor, is_shared: bool = False) -> torch.Tensor:
-    """A tensor with channels last in memory: itself, or what the kernel of `to_last` makes of it.
-
-    Args:
-        copy: that kernel.
-        tensor: of the shape that the kernel was made for.
-        is_shared: another direction of the same call may want it too.
-    """
-    if is_channels_last(tensor):
-        return tensor
-    if is_shared and SHARED_COPIES.source is tensor and SHARED_COPIES.copy is not None:
-        return SHARED_COPIES.copy
-    found = dense(tensor)
-    result = found.new_empty(found.numel())
-    copy(found, result)
-    if is_shared and SHARED_COPIES.is_open:
-        SHARED_COPIES.source, SHARED_COPIES.copy = tensor, result
-    return result
-
-
-# A block of the copy between the formats.
-_SIDE = 64
-
-
-def to_last(spec: ConvSpec, shape: tuple[int, ...], strides: tuple[int, int, int] | None = None) -> Launch:
-    """The kernel that writes a dense (n, C, *rest) as (n, *rest, C).
-
-    Args:
-        spec: gives type and device.
-        shape: n, C and the rest.
-        strides: of n, C and the rest, where they are not those of a dense tensor.
-    """
-    samples, channels, length = shape[0], shape[1], math.prod(shape[2:])
-    n, c, at = strides or (channels * length, length, 1)
-    block = min(_SIDE, next_power_of_2(channels)), min(_SIDE, next_power_of_2(length))
-    return Launch(
-        "layout", "channels_to_last", (spec.dtype, spec.dtype),
-        {"C": channels, "L": length, "xn": n, "xc": c, "xl": at},
-        {"CHANNELS": block[0], "POSITIONS": block[1]},
-        (cdiv(length, block[1]), cdiv(channels, block[0]), samples), spec.device, aligned=("C", "L", "xc"),
-    )  # fmt: skip
 
 
 _ENTRIES = 256

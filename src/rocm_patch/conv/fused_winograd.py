@@ -19,11 +19,11 @@ from rocm_patch.conv.fused import (
     cdiv,
     copies_to_first,
     dense,
-    is_channels_last,
     result_of,
 )
 from rocm_patch.conv.spec import FORWARD, GRAD_INPUT, GRAD_WEIGHT, ConvSpec
 from rocm_patch.conv.strategy import memory_format
+from rocm_patch.conv.to_last import is_channels_last
 from rocm_patch.conv.winograd import WINOGRAD_F43, flipped
 from rocm_patch.kernels.launch import Launch, multiprocessors
 

@@ -21,15 +21,14 @@ from rocm_patch.conv.fused import (
     Plan,
     cdiv,
     dense,
-    in_last,
     next_power_of_2,
     reduction,
     result_of,
     sizes_of,
-    to_last,
 )
 from rocm_patch.conv.spec import FORWARD, GRAD_INPUT, GRAD_WEIGHT, ConvSpec
 from rocm_patch.conv.strategy import Strategy
+from rocm_patch.conv.to_last import Copy, ToLast
 from rocm_patch.kernels.launch import INTERPRETED, Launch, multiprocessors, target_of
 from rocm_patch.kernels.variant import Target
 
@@ -130,17 +129,19 @@ def _map_plan(spec: ConvSpec, blocks: Blocks) -> Plan:
         "gemm", name, types, integers, constants, (programs, spec.groups, phases * splits), spec.device,
         blocks.warps, blocks.stages, aligned=("C", "K", "W", "OW"),
     )  # fmt: skip
-    copy = to_last(spec, source)
-    of_weight = _weight_to_last(spec)
+    of_weight = _weight_copy(spec)
+    to_last = ToLast(spec, Copy(source, is_shared=not is_forward), of_weight) if last else None
     sum_up = reduction(spec, math.prod(spec.result), splits)
     length = math.prod(spec.result)
 
     def run(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         result = result_of(spec, first)
-        if last:
-            first, second = in_last(copy, first, not is_forward), _weight_last(spec, of_weight, second)
-        else:
+        if to_last is None:
             first, second = dense(first), dense(second)
+        elif of_weight is not None:
+            first, second = to_last.both(first, second)
+        else:
+            first, second = to_last.one(first), _weight_last(spec, second)
         parts = result if splits == 1 else first.new_empty(splits * length, dtype=torch.float32)
         if is_forward:
             gemm(first, second, second, parts)
@@ -150,30 +151,25 @@ def _map_plan(spec: ConvSpec, blocks: Blocks) -> Plan:
             sum_up(parts, result)
         return result
 
-    launches = (gemm, *((copy, of_weight) if last else ()), *((sum_up,) if splits > 1 else ()))
+    launches = (gemm, *(to_last.launches if to_last else ()), *((sum_up,) if splits > 1 else ()))
     # A weight with channels last is made dense before it is brought into grad_input's order.
     copies = (math.prod(source) + (2 if spec.channels_last else 1) * math.prod(spec.weight)) * spec.itemsize
     return Plan(launches, run, copies + (4 * splits * length if splits > 1 else 0))
 
 
-def _weight_to_last(spec: ConvSpec) -> Launch:
-    """forward: (G K, C, taps) to (G K, taps, C); grad_input: to (G C, taps, K), of one group."""
+def _weight_copy(spec: ConvSpec) -> Copy | None:
+    """forward: (G K, C, taps) to (G K, taps, C); grad_input: to (C, taps, K); None where `_weight_last` does it."""
     filters, channels, taps = spec.weight[0], spec.weight[1], spec.taps
     if spec.direction == FORWARD:
-        return to_last(spec, (filters, channels, taps))
-    return to_last(spec, (channels, filters // spec.groups, taps), (taps, channels * taps, 1))
+        return Copy((filters, channels, taps)) if taps > 1 else None
+    return Copy((channels, filters, taps), (taps, channels * taps, 1)) if spec.groups == 1 else None
 
 
-def _weight_last(spec: ConvSpec, copy: Launch, weight: torch.Tensor) -> torch.Tensor:
+def _weight_last(spec: ConvSpec, weight: torch.Tensor) -> torch.Tensor:
     if spec.direction == FORWARD:
-        return dense(weight) if spec.taps == 1 else in_last(copy, weight)
-    if spec.groups > 1:
-        grouped = weight.reshape(spec.groups, -1, spec.weight[1], spec.taps)
-        return grouped.permute(0, 2, 3, 1).contiguous()
-    weight = dense(weight)
-    result = weight.new_empty(weight.numel())
-    copy(weight, result)
-    return result
+        return dense(weight)
+    grouped = weight.reshape(spec.groups, -1, spec.weight[1], spec.taps)
+    return grouped.permute(0, 2, 3, 1).contiguous()
 
 
 def _weight_plan(spec: ConvSpec, blocks: Blocks) -> Plan:
@@ -202,7 +198,7 @@ def _weight_plan(spec: ConvSpec, blocks: Blocks) -> Plan:
         },
         (programs, spec.groups, splits), spec.device, blocks.warps, blocks.stages, aligned=("C", "K", "W", "OW"),
     )  # fmt: skip
-    copy_image, copy_grad = to_last(spec, spec.image), to_last(spec, spec.grad)
+    to_last = ToLast(spec, Copy(spec.image), Copy(spec.grad, is_shared=True)) if last else None
     entries = math.prod(spec.weight)
     if last and taps > 1:
         side = min(64, next_power_of_2(channels))
@@ -217,10 +213,7 @@ def _weight_plan(spec: ConvSpec, blocks: Blocks) -> Plan:
 
     def run(image: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         result = image.new_empty(spec.weight)
-        if last:
-            image, grad = in_last(copy_image, image), in_last(copy_grad, grad, True)
-        else:
-            image, grad = dense(image), dense(grad)
+        image, grad = to_last.both(image, grad) if to_last else (dense(image), dense(grad))
         if is_direct:
             gemm(image, grad, result)
             return result
@@ -229,7 +222,7 @@ def _weight_plan(spec: ConvSpec, blocks: Blocks) -> Plan:
         sum_up(parts, result)
         return result
 
-    launches = (gemm, *((copy_image, copy_grad) if last else ()), *(() if is_direct else (sum_up,)))
+    launches = (gemm, *(to_last.launches if to_last else ()), *(() if is_direct else (sum_up,)))
     copies = (math.prod(spec.image) + math.prod(spec.grad)) * spec.itemsize
     return Plan(launches, run, copies + (0 if is_direct else 4 * splits * entries))
 

@@ -8,14 +8,44 @@ import triton.language as tl
 
 
 @triton.jit
-def channels_to_last(x, y, C, L, xn, xc, xl, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr):
-    """x (n, C, L) with those strides -> y (n, L, C), dense. Grid: blocks of positions; blocks of channels; n."""
-    position = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    sample = tl.program_id(2)
+def _block_to_last(
+    x, y, sample, channel_block, position_block, C, L, xn, xc, xl, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr
+):
+    position = position_block * POSITIONS + tl.arange(0, POSITIONS)
+    channel = channel_block * CHANNELS + tl.arange(0, CHANNELS)
     mask = (channel < C)[:, None] & (position < L)[None, :]
     tile = tl.load(x + (sample * xn + (channel * xc)[:, None] + (position * xl)[None, :]), mask, 0.0)
     tl.store(y + (sample * L * C + channel[:, None] + (position * C)[None, :]), tile, mask)
+
+
+@triton.jit
+def channels_to_last(x, y, C, L, xn, xc, xl, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr):
+    """x (n, C, L) with those strides -> y (n, L, C), dense. Grid: blocks of positions; blocks of channels; n."""
+    _block_to_last(
+        x, y, tl.program_id(2), tl.program_id(1), tl.program_id(0), C, L, xn, xc, xl, CHANNELS, POSITIONS
+    )  # fmt: skip
+
+
+@triton.jit
+def two_to_last(
+    x, y, x2, y2, C, L, xn, xc, xl, C2, L2, x2n, x2c, x2l, BLOCKS,
+    CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS2: tl.constexpr, POSITIONS2: tl.constexpr,
+):  # fmt: skip
+    """`channels_to_last` of x and of x2. Grid: BLOCKS blocks of x, then those of x2."""
+    program = tl.program_id(0)
+    if program < BLOCKS:
+        across, down = tl.cdiv(L, POSITIONS), tl.cdiv(C, CHANNELS)
+        _block_to_last(
+            x, y, program // (across * down), program // across % down, program % across,
+            C, L, xn, xc, xl, CHANNELS, POSITIONS,
+        )  # fmt: skip
+    else:
+        program -= BLOCKS
+        across, down = tl.cdiv(L2, POSITIONS2), tl.cdiv(C2, CHANNELS2)
+        _block_to_last(
+            x2, y2, program // (across * down), program // across % down, program % across,
+            C2, L2, x2n, x2c, x2l, CHANNELS2, POSITIONS2,
+        )  # fmt: skip
 
 
 @triton.jit
