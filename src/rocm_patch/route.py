@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +15,8 @@ _AUTOCAST_KEYS = {
     "cpu": torch._C._dispatch_key_parse("AutocastCPU"),
     "cuda": torch._C._dispatch_key_parse("AutocastCUDA"),
 }
+_is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
+_exclude = torch._C._dispatch_tls_set_dispatch_key_excluded
 
 
 @dataclass
@@ -44,6 +47,10 @@ class Route:
     better: Strategy | None = None
     is_timed: bool = False
     _strides: tuple[int, ...] = field(init=False, repr=False)
+    # The strategy that was bound, and what came of it.
+    _bound: tuple[Strategy, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] | None = field(
+        init=False, repr=False, default=None
+    )
 
     def __post_init__(self) -> None:
         # Those of dimensions of size 1 too: compiled graphs assert them.
@@ -51,15 +58,20 @@ class Route:
 
     def run(self, first: torch.Tensor, second: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """The strategy's result in aten's memory format; operands as `Strategy.run` takes them, bias (K,)."""
-        # Autocast must not reach the products in here. A forward comes with autocast excluded by its own kernel,
-        # but a backward() under autocast does not, and would run float32 products in half precision.
+        bound, strategy = self._bound, self.strategy
+        if bound is None or bound[0] is not strategy:
+            bound = self._bound = (strategy, strategy.bound(self.spec, self.budget))
         key = _AUTOCAST_KEYS[first.device.type]
-        before = torch._C._dispatch_tls_is_dispatch_key_excluded(key)
-        torch._C._dispatch_tls_set_dispatch_key_excluded(key, True)
-        try:
-            result = self.strategy.run(self.spec, first, second, self.budget)
-        finally:
-            torch._C._dispatch_tls_set_dispatch_key_excluded(key, before)
+        if _is_excluded(key):
+            result = bound[1](first, second)
+        else:
+            # Autocast must not reach the products in here. It is excluded where it is off, and in a forward by its
+            # own kernel, but not in a backward() under autocast: float32 products would run in half precision.
+            _exclude(key, True)
+            try:
+                result = bound[1](first, second)
+            finally:
+                _exclude(key, False)
         if result.stride() != self._strides:
             result = result.contiguous(memory_format=self.memory_format)
             result = result.as_strided(result.shape, self._strides)

@@ -126,6 +126,7 @@ class Fused:
             is_approximate,
             self._is_ready,
             is_bounded=False,
+            bind=self._bind,
         )
 
     def _plan(self, spec: ConvSpec) -> Plan:
@@ -156,13 +157,16 @@ class Fused:
             self._ready[spec] = run
         return True
 
-    def _run(self, spec: ConvSpec, first: torch.Tensor, second: torch.Tensor, budget: int) -> torch.Tensor:
+    def _bind(self, spec: ConvSpec) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
         run = self._ready.get(spec)
         if run is None:
             if not self._is_ready(spec, True):
                 raise RuntimeError(f"{self.strategy.name} cannot compute {spec}: {self._rejects(spec)}")
             run = self._ready[spec]
-        return run(first, second)
+        return run
+
+    def _run(self, spec: ConvSpec, first: torch.Tensor, second: torch.Tensor, budget: int) -> torch.Tensor:
+        return self._bind(spec)(first, second)
 
     def _workspace_bytes(self, spec: ConvSpec, budget: int) -> int:
         return self._plan(spec).workspace_bytes

@@ -48,6 +48,8 @@ class Strategy:
         is_ready: whether it can be called for a spec without having to compile something first, which the question
             has begun; with True it comes back when that is decided.
         is_approximate: whether its error is larger than that of sums of products (`exact=True` leaves it out).
+        bind: `run` for one spec, from its two operands, where more than the spec can be settled once for all calls;
+            waits for what has to be compiled. Raises RuntimeError where that cannot be had.
     """
 
     name: str
@@ -59,6 +61,13 @@ class Strategy:
     is_approximate: bool = False
     is_ready: Callable[[ConvSpec, bool], bool] = _always
     is_bounded: bool = True
+    bind: Callable[[ConvSpec], Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] | None = None
+
+    def bound(self, spec: ConvSpec, budget: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """`run` for one spec and budget."""
+        if self.bind is not None:
+            return self.bind(spec)
+        return lambda first, second: self.run(spec, first, second, budget)
 
     def seconds(self, spec: ConvSpec) -> float:
         """How long it is likely to take."""
