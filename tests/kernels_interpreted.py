@@ -1,8 +1,9 @@
 """Compute small convolutions by one fused strategy in Triton's interpreter, and compare with float64; JSON on stdout.
 
-    TRITON_INTERPRET=1 python tests/kernels_interpreted.py STRATEGY
+    TRITON_INTERPRET=1 python tests/kernels_interpreted.py STRATEGY [PIECE_BYTES]
 
-The kernels run as they are, as numpy programs on tensors of the CPU. Needs Triton on the path.
+The kernels run as they are, as numpy programs on tensors of the CPU. Needs Triton on the path. PIECE_BYTES: what
+`columns` takes at a time, so that small convolutions are taken in several pieces.
 """
 
 import json
@@ -11,7 +12,7 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from rocm_patch.conv import STRATEGIES
+from rocm_patch.conv import STRATEGIES, columns, pieces
 from rocm_patch.conv.cases import CASES, Case
 from rocm_patch.conv.spec import DIRECTIONS
 
@@ -28,6 +29,10 @@ LARGER = (
     Case("depthwise, rows beyond a position's", (3, 5, 14, 11), (5, 1, 3, 3), (1, 1), (1, 1), (1, 1), 5),
     Case("depthwise 5x5, stride 2", (3, 4, 13, 14), (4, 1, 5, 5), (2, 2), (2, 2), (1, 1), 4),
     Case("depthwise 7x7: parts of rows of taps", (2, 3, 9, 9), (3, 1, 7, 7), (1, 1), (3, 3), (1, 1), 3),
+    Case("rows of 16 bytes", (3, 16, 8, 10), (24, 16, 3, 3), (1, 1), (1, 1), (1, 1)),
+    Case("rows of 16 bytes, one sample, stride 2", (1, 8, 16, 16), (16, 8, 3, 3), (2, 2), (1, 1), (1, 1)),
+    Case("rows of 16 bytes, padded beyond the kernel", (2, 8, 8, 8), (16, 8, 3, 3), (1, 1), (5, 1), (2, 1)),
+    Case("rows of 16 bytes, 3-d", (2, 8, 4, 4, 6), (8, 8, 2, 1, 3), (1, 1, 1), (0, 0, 1), (1, 1, 1)),
 )
 
 
@@ -65,5 +70,7 @@ def rows_of(strategy):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 2:
+        pieces.PIECE_BYTES = columns.PIECE_BYTES = int(sys.argv[2])
     chosen = next(strategy for strategy in STRATEGIES if strategy.name == sys.argv[1])
     json.dump(list(rows_of(chosen)), sys.stdout)

@@ -2,98 +2,47 @@
 
 The image's columns are written once and read once by the product, which writes the result in its place; grad_input
 is the product's columns added up where they overlap. Samples are taken a few at a time.
+
+In half types nothing is added up after a product, which has rounded: grad_input is a forward convolution of grad,
+its taps read backwards, and grad_weight is one product of all samples.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
 
 from rocm_patch.conv import cost
 from rocm_patch.conv.cost import Work
-from rocm_patch.conv.fused import (
-    MOST_BLOCKS,
-    Fused,
-    Plan,
-    cdiv,
-    copies_to_first,
-    dense,
-    next_power_of_2,
-    only,
-    reduction,
-    sizes_of,
-)
+from rocm_patch.conv.fused import MOST_BLOCKS, Fused, Plan, cdiv, dense, reduction
+from rocm_patch.conv.pieces import PIECE_BYTES, ROWS, Pieces
 from rocm_patch.conv.spec import FORWARD, GRAD_INPUT, GRAD_WEIGHT, ConvSpec
-from rocm_patch.kernels.launch import Launch
+from rocm_patch.conv.to_last import Copy, to_last
 
-# Columns of one piece: of the order of a large card's last cache (50 MB on an H200, 32 to 128 MB on RDNA2 and 3), and
-# enough for products that fill it.
-_PIECE_BYTES = 64 << 20
 _MOST_BYTES = 256 << 20
-_ROWS, _POSITIONS = 8, 256
-_FOLD_TILE = 256
 _MOST_TAPS = 49
-# Below so many blocks side by side a batch of products leaves a large card idle.
-_FEWEST_BLOCKS = 64
-
-
 # Elements of half types that matrix units load at once.
 _ALIGNED = 8
-# The share of the GEMM rate that half types reach, and the least of a card that libraries fill with them.
-_REACHED_HALF, _FILLED_HALF = 0.5, 0.7
+# Half types, as timed on an H200: the share of the GEMM rate, passes over the columns by direction (which are written
+# at the rate of elements, not of bytes), and over operands whose channels are last.
+_REACHED_HALF = 0.7
+_PASSES_HALF = {FORWARD: 5.5, GRAD_INPUT: 5.5, GRAD_WEIGHT: 6.5}
+_PASSES_LAST = 8
 
 
-class _Pieces:
-    """Samples at a time, and a kernel for as many and one for the rest."""
-
-    def __init__(self, spec: ConvSpec) -> None:
-        self.rows, self.length = spec.image[1] * spec.taps, math.prod(spec.out)
-        self.sample_bytes = self.rows * self.length * spec.itemsize
-        # A piece begins where the kernels may take it: at a multiple of 16 bytes, four elements.
-        at_once = max(4, _PIECE_BYTES // self.sample_bytes // 4 * 4)
-        if math.prod(spec.image[1:]) % 4 == 0:
-            at_once = max(1, _PIECE_BYTES // self.sample_bytes)
-        self.samples = min(spec.batch, at_once)
-        self.bytes = copies_to_first(spec) + self.samples * self.sample_bytes
-        sizes = sizes_of(spec)
-        make = _fold if spec.direction == GRAD_INPUT else _unfold
-        counts = {self.samples, spec.batch % self.samples} - {0}
-        # For one product of all samples of a piece their columns stand side by side.
-        self.is_one_product = spec.direction == GRAD_WEIGHT and _blocks(spec) * self.samples < _FEWEST_BLOCKS
-        self.launches = {n: make(spec, sizes, n, self.is_one_product) for n in counts}
-        self.starts = range(0, spec.batch, self.samples)
-        self.batch = spec.batch
-
-
-def _blocks(spec: ConvSpec) -> int:
-    """Blocks of a BLAS library in the product for a sample's share of grad_weight."""
-    return cdiv(spec.weight[0], 128) * cdiv(spec.image[1] * spec.taps, 128)
-
-
-def _unfold(spec: ConvSpec, sizes: dict[str, int], samples: int, beside: bool) -> Launch:
-    rows, length = spec.image[1] * spec.taps, math.prod(spec.out)
-    strides = {"yn": length, "yr": samples * length} if beside else {"yn": rows * length, "yr": length}
-    return Launch(
-        "layout", "unfold", (spec.dtype, spec.dtype), {**only(sizes, "N", "G", "K"), **strides},
-        {"DEPTH": len(spec.kernel) == 3, "ROWS": _ROWS, "POSITIONS": _POSITIONS},
-        (cdiv(length, _POSITIONS), cdiv(rows, _ROWS), samples), spec.device,
-    )  # fmt: skip
-
-
-def _fold(spec: ConvSpec, sizes: dict[str, int], samples: int, beside: bool) -> Launch:
-    columns = min(128, next_power_of_2(sizes["W"]))
-    rows = min(_FOLD_TILE // columns, next_power_of_2(sizes["H"]))
-    kernel = {name: sizes[name] for name in ("KD", "KH", "KW")}
-    return Launch(
-        "layout", "fold", (spec.dtype, spec.dtype), only(sizes, "N", "G", "K", *kernel),
-        {**kernel, "ROWS": rows, "POSITIONS": columns},
-        (samples * sizes["C"] * sizes["D"] * cdiv(sizes["H"], rows), cdiv(sizes["W"], columns)), spec.device,
+def _backwards(spec: ConvSpec) -> ConvSpec:
+    """grad_input without a stride: x gets tap r from grad at x + P - r L, as a forward with -P and -L reads it."""
+    return dataclasses.replace(
+        spec, direction=FORWARD, image=spec.grad, weight=(spec.image[1], spec.weight[0], *spec.kernel),
+        padding=tuple(-size for size in spec.padding), dilation=tuple(-step for step in spec.dilation),
+        out=spec.spatial,
     )  # fmt: skip
 
 
 def _forward_plan(spec: ConvSpec) -> Plan:
-    pieces = _Pieces(spec)
+    pieces = Pieces(spec)
     filters = spec.weight[0]
 
     def run(image: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -106,14 +55,31 @@ def _forward_plan(spec: ConvSpec) -> Plan:
             samples = min(pieces.samples, pieces.batch - start)
             pieces.launches[samples](image[start : start + samples] if start else image, columns)
             part = columns if samples == pieces.samples else columns[:samples]
-            torch.bmm(matrix.expand(samples, -1, -1), part, out=flat[start : start + samples])
+            into = flat if samples == pieces.batch else flat[start : start + samples]
+            torch.bmm(matrix.expand(samples, -1, -1), part, out=into)
         return result
 
     return Plan(tuple(pieces.launches.values()), run, pieces.bytes)
 
 
+def _gathering_plan(spec: ConvSpec) -> Plan:
+    forward = _forward_plan(_backwards(spec))
+    filters, channels, taps = spec.weight[0], spec.weight[1], spec.taps
+    # (K, C, taps) to (C, K, taps), runs of taps as they are.
+    turn = to_last(spec, Copy((channels, taps, filters), (taps, 1, channels * taps)))
+
+    def run(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        weight = dense(weight)
+        turned = weight.new_empty((channels, filters, taps))
+        turn(weight, turned)
+        return forward.run(grad, turned)
+
+    copied = math.prod(spec.weight) * spec.itemsize
+    return Plan((*forward.launches, turn), run, forward.workspace_bytes + copied)
+
+
 def _input_plan(spec: ConvSpec) -> Plan:
-    pieces = _Pieces(spec)
+    pieces = Pieces(spec)
     filters = spec.weight[0]
 
     def run(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -133,7 +99,7 @@ def _input_plan(spec: ConvSpec) -> Plan:
 
 
 def _weight_plan(spec: ConvSpec) -> Plan:
-    pieces = _Pieces(spec)
+    pieces = Pieces(spec)
     if pieces.is_one_product:
         return _one_product_plan(spec, pieces)
     filters, entries = spec.weight[0], math.prod(spec.weight)
@@ -165,21 +131,37 @@ def _weight_plan(spec: ConvSpec) -> Plan:
     )
 
 
-def _one_product_plan(spec: ConvSpec, pieces: _Pieces) -> Plan:
-    """grad_weight of few filters: a product per piece, which the BLAS library cuts where it sums."""
-    filters = spec.weight[0]
+def _one_product_plan(spec: ConvSpec, pieces: Pieces) -> Plan:
+    """grad_weight of few filters, or of half types: a product per piece; the BLAS library cuts where it sums."""
+    filters, length = spec.weight[0], pieces.length
+    # Torch copies half types element by element.
+    beside = None
+    if spec.itemsize == 2:
+        beside = to_last(spec, Copy((filters, length, spec.batch), (length, 1, filters * length)))
+
+    def rows_of(grad: torch.Tensor, start: int, samples: int) -> torch.Tensor:
+        """grad of some samples (K, n L)."""
+        if beside is None:
+            return grad[start : start + samples].transpose(0, 1).reshape(filters, -1)
+        if samples > 1:
+            rows = grad.new_empty(grad.numel())
+            beside(grad, rows)
+            grad = rows
+        return grad.view(filters, -1)
 
     def run(image: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         image, grad = dense(image), dense(grad)
         result = image.new_empty(spec.weight)
-        matrix, flat = result.view(filters, -1), grad.view(spec.batch, filters, pieces.length)
-        buffer = image.new_empty(pieces.samples * pieces.rows * pieces.length)
+        matrix, flat = result.view(filters, -1), grad.view(spec.batch, filters, length)
+        buffer = image.new_empty((pieces.rows, pieces.samples * length))
         for start in pieces.starts:
             samples = min(pieces.samples, pieces.batch - start)
             pieces.launches[samples](image[start : start + samples] if start else image, buffer)
-            width = samples * pieces.length
-            columns = buffer[: pieces.rows * width].view(pieces.rows, width)
-            rows = flat[start : start + samples].transpose(0, 1).reshape(filters, width)
+            width = samples * length
+            columns = buffer
+            if samples < pieces.samples:
+                columns = buffer.view(-1)[: pieces.rows * width].view(pieces.rows, width)
+            rows = rows_of(flat, start, samples)
             if start:
                 matrix.addmm_(rows, columns.t())
             else:
@@ -187,42 +169,69 @@ def _one_product_plan(spec: ConvSpec, pieces: _Pieces) -> Plan:
             del rows  # before the next piece's are made
         return result
 
-    copies = pieces.samples * filters * pieces.length * spec.itemsize
-    return Plan(tuple(pieces.launches.values()), run, pieces.bytes + copies)
+    copies = pieces.samples * filters * length * spec.itemsize
+    launches = tuple(pieces.launches.values())
+    return Plan(launches if beside is None else (*launches, beside), run, pieces.bytes + copies)
+
+
+def _is_aligned(spec: ConvSpec) -> bool:
+    """Whether the rows of all matrices begin where matrix units load them from at once."""
+    sides = {
+        FORWARD: (math.prod(spec.out), spec.image[1] * spec.taps),
+        GRAD_INPUT: (math.prod(spec.spatial), spec.weight[0] * spec.taps),
+        GRAD_WEIGHT: (spec.batch * math.prod(spec.out), spec.image[1] * spec.taps),
+    }[spec.direction]
+    return not any(side % _ALIGNED for side in sides)
 
 
 def _plan(spec: ConvSpec) -> Plan:
     if spec.direction == FORWARD:
         return _forward_plan(spec)
-    return _input_plan(spec) if spec.direction == GRAD_INPUT else _weight_plan(spec)
+    if spec.direction == GRAD_WEIGHT:
+        return _weight_plan(spec)
+    return _gathering_plan(spec) if spec.itemsize == 2 else _input_plan(spec)
 
 
 def _rejects(spec: ConvSpec) -> str | None:
-    if spec.itemsize == 2 and spec.direction != FORWARD:
-        return "its products would be rounded to the half type before they are added up"
-    if spec.itemsize == 2 and (math.prod(spec.out) % _ALIGNED or spec.image[1] * spec.taps % _ALIGNED):
-        return "BLAS libraries are slow with rows of half types that begin anywhere"
+    if spec.itemsize == 2:
+        is_strided = spec.direction == GRAD_INPUT and math.prod(spec.stride) > 1
+        is_cut = spec.direction == GRAD_WEIGHT and cost.column_bytes(spec) > PIECE_BYTES
+        if is_strided or is_cut:
+            return "its products would be rounded to the half type before they are added up"
+        if not _is_aligned(spec):
+            return "BLAS libraries are slow with rows of half types that begin anywhere"
     if spec.taps == 1:
         return "there is nothing to unroll"
     if spec.groups != 1:
         return f"the channels fall into {spec.groups} groups"
-    rows, length = spec.image[1] * spec.taps, math.prod(spec.out)
+    rows, length = _shape(spec)
     if rows * length * spec.itemsize > _MOST_BYTES or spec.batch * math.prod(spec.weight) * 4 > _MOST_BYTES:
         return "the columns of one sample are too many"
-    if spec.taps > _MOST_TAPS or cdiv(rows, _ROWS) > MOST_BLOCKS:
+    if spec.taps > _MOST_TAPS or max(cdiv(rows, ROWS), *spec.weight[:2]) > MOST_BLOCKS:
         return "more taps or rows than a kernel takes"
     return None
 
 
+def _shape(spec: ConvSpec) -> tuple[int, int]:
+    """Rows and positions of a sample's columns: of the image's, or of grad's where grad_input reads them."""
+    if spec.direction == GRAD_INPUT and spec.itemsize == 2:
+        return spec.weight[0] * spec.taps, math.prod(spec.spatial)
+    return spec.image[1] * spec.taps, math.prod(spec.out)
+
+
 def _work(spec: ConvSpec) -> Work:
-    rows, length, filters = spec.image[1] * spec.taps, math.prod(spec.out), spec.weight[0]
-    samples = min(spec.batch, max(1, _PIECE_BYTES // (rows * length * spec.itemsize)))
-    pieces = cdiv(spec.batch, samples)
-    sides = {FORWARD: (filters, length), GRAD_INPUT: (rows, length)}.get(spec.direction, (filters, rows))
-    share = cost.filled(spec, *sides, samples)
+    rows, length = _shape(spec)
+    filters, column_bytes = spec.weight[0], rows * length * spec.itemsize
+    pieces = cdiv(spec.batch, min(spec.batch, max(1, PIECE_BYTES // column_bytes)))
     if spec.itemsize == 2:
-        share = _REACHED_HALF * max(_FILLED_HALF, share)
-    moved = (1 + 2 * spec.channels_last) * cost.operand_bytes(spec) + 2 * cost.column_bytes(spec)
+        moved = (_PASSES_LAST if spec.channels_last else 1) * cost.operand_bytes(spec)
+        moved += _PASSES_HALF[spec.direction] * spec.batch * column_bytes
+        if spec.direction == GRAD_INPUT:
+            moved += 2 * math.prod(spec.weight) * spec.itemsize
+        return Work(cost.flops(spec), _REACHED_HALF, moved, 6 * pieces + 2 + 2 * (spec.direction != FORWARD))
+    sides = {FORWARD: (filters, length), GRAD_INPUT: (rows, length)}.get(spec.direction, (filters, rows))
+    share = cost.filled(spec, *sides, cdiv(spec.batch, pieces))
+    moved = (1 + 2 * spec.channels_last) * cost.operand_bytes(spec) + 2 * spec.batch * column_bytes
     return Work(cost.flops(spec), share, moved, 6 * pieces + 2)
 
 

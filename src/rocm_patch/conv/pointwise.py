@@ -49,12 +49,15 @@ def _run(spec: ConvSpec, first: torch.Tensor, second: torch.Tensor, budget: int)
 
 def _grad_weight(spec: ConvSpec, image: torch.Tensor, grad: torch.Tensor, budget: int) -> torch.Tensor:
     """grad (N, K, *out) times image (N, C, *out), summed over samples and positions."""
-    product_of = _one_gemm if _is_one_gemm(spec) else _summed_gemms
+    product_of = _summed_gemms
+    if _is_one_gemm(spec):
+        product_of = _gemm_of_rows if spec.channels_last else _gemm_of_columns
     if _is_one_box(spec, budget):
-        return product_of(grad, image).to(image.dtype).view(spec.weight)
+        return product_of(grad, image, image.dtype).view(spec.weight)
     total: torch.Tensor | None = None
     for box in boxes((spec.batch, *spec.out), _position_elements(spec), budget, spec.itemsize, longest_sum(spec)):
-        piece = product_of(grad[on_output(box)], image[on_output(box)])
+        # Sums across boxes are kept in float32, as the GEMM keeps them within one.
+        piece = product_of(grad[on_output(box)], image[on_output(box)], sum_dtype(image))
         total = piece if total is None else total.add_(piece)
     assert total is not None  # a spec has at least one output position
     return total.to(image.dtype).view(spec.weight)
@@ -67,14 +70,19 @@ def _is_one_box(spec: ConvSpec, budget: int) -> bool:
     return largest_box(extents, _position_elements(spec), budget, spec.itemsize, longest_sum(spec)) == extents
 
 
-def _one_gemm(grad: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-    product = channels_to_rows(grad).t() @ channels_to_rows(image)
-    return product.to(sum_dtype(product))
+def _gemm_of_rows(grad: torch.Tensor, image: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return (channels_to_rows(grad).t() @ channels_to_rows(image)).to(dtype)
 
 
-def _summed_gemms(grad: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+def _gemm_of_columns(grad: torch.Tensor, image: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Samples side by side: copies of whole maps, not of single elements."""
+    columns = [tensor.movedim(0, 1).reshape(tensor.shape[1], -1) for tensor in (grad, image)]  # (channels, n L)
+    return (columns[0] @ columns[1].t()).to(dtype)
+
+
+def _summed_gemms(grad: torch.Tensor, image: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     products = torch.bmm(grad.flatten(2), image.flatten(2).transpose(1, 2))  # (n, K, C)
-    return products.sum(0, dtype=sum_dtype(products))
+    return products.sum(0, dtype=dtype)
 
 
 def _is_one_gemm(spec: ConvSpec) -> bool:
