@@ -224,7 +224,9 @@ def _stat(pid: int) -> list[str]:
     that reading it takes.
     """
     try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+        # Not buffered text: hundreds are read while the program's other threads want the interpreter.
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+            return file.read().decode("ascii", "replace").rpartition(")")[2].split()
     except OSError:
         return []
 
@@ -234,7 +236,8 @@ def _family(pid: int) -> dict[int, str]:
 
     Only a process that has left the session and lost its parent is not found.
     """
-    stats = {int(entry.name): _stat(int(entry.name)) for entry in Path("/proc").iterdir() if entry.name.isdecimal()}
+    with os.scandir("/proc") as entries:
+        stats = {int(entry.name): _stat(int(entry.name)) for entry in entries if entry.name.isdecimal()}
     family, parents = {process for process, fields in stats.items() if fields and fields[3] == str(pid)}, {pid}
     while parents:
         parents = {process for process, fields in stats.items() if fields and int(fields[1]) in parents} - family

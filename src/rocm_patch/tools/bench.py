@@ -256,8 +256,7 @@ def measure(
 
     if contender.kind != "peer":
         settle(call, clock.device)
-    for _ in range(clock.warm_ups):
-        results = call()
+    results = clock.warm_up(call)
     errors = [_error(found, right) for found, right in zip(results, exact, strict=False)]
     del results
     if contender.kind != "peer":

@@ -7,14 +7,19 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from rocm_patch.settings import LOGGER
 from rocm_patch.tools.bench_peers import is_compiling, override
 
 _SLEEP_MS = 0.3  # queued before a call, and twice the host's time for it: so the host runs ahead of the GPU
 _SLOW_CALL = 1.0  # seconds above which a call is not repeated ten times
+_SHORT_CALLS_MS = 50.0  # short calls are repeated for so long, since the host's work varies more than the GPU's
+_MOST_CALLS = 50
+_FEWEST_WARM_UPS = 3  # of calls that are not short
 _MOST_WAIT = 120.0  # seconds that kernels may take to compile in the background
+
+_Result = TypeVar("_Result")
 
 
 @contextlib.contextmanager
@@ -51,7 +56,7 @@ class Clock:
 
     Args:
         device: torch's name of it.
-        quick: one call after one, instead of ten after three.
+        quick: one call after one, instead of ten or more after ten.
     """
 
     def __init__(self, device: str, quick: bool = False) -> None:
@@ -59,7 +64,7 @@ class Clock:
 
         self.device, self._on_gpu = device, device != "cpu"
         self._cuda: Any = torch.cuda
-        self.warm_ups, self._calls = (1, 1) if quick else (3, 10) if self._on_gpu else (1, 5)
+        self._warm_ups, self._calls = (1, 1) if quick else (10, 10) if self._on_gpu else (1, 5)
         self._cycles_a_ms = 0.0
         if self._on_gpu:
             # What a cycle is differs from GPU to GPU.
@@ -86,10 +91,21 @@ class Clock:
         self.finish()
         return float(start.elapsed_time(end))
 
+    def warm_up(self, call: Callable[[], _Result]) -> _Result:
+        """Call until nothing is done for the first time; the last result."""
+        begin = time.perf_counter()
+        for done in range(1, self._warm_ups + 1):
+            result = call()
+            if done >= _FEWEST_WARM_UPS and 1e3 * (time.perf_counter() - begin) > _SHORT_CALLS_MS:
+                break
+        return result
+
     def times(self, call: Callable[[], object]) -> dict[str, Any]:
         """`ms`, `device_ms`, `mib` and `calls` of a `Row`, for a call that is warm."""
         first = self._one(call)
         calls = self._calls if first < 1e3 * _SLOW_CALL else min(self._calls, 3)
+        if self._on_gpu and calls > 1:
+            calls = max(calls, min(_MOST_CALLS, round(_SHORT_CALLS_MS / first)))
         found: dict[str, Any] = {"ms": self.median(call, calls), "calls": calls}
         if self._on_gpu:
             found["device_ms"] = self.median(call, calls, True)
