@@ -44,7 +44,7 @@ def setup_multiprocessing(start_method: str | None = None) -> bool:
         UsageError: unknown start method.
     """
     settings = settings_module.from_environ().replaced(start_method=start_method)
-    method = settings.start_method or "spawn"
+    method = "spawn" if settings.start_method in (None, "auto") else str(settings.start_method)
     if not settings.enabled:
         LEDGER.refuse(_MULTIPROCESSING, _OFF)
         return start_methods.in_force() == method
@@ -225,7 +225,7 @@ def enable_all_patches(
     meaning(miopen_strategy)  # raises before anything is applied
     setup_multiprocessing(settings.start_method)
     setup_environment(settings.profile)
-    patch_dataloader(settings.start_method)
+    patch_dataloader(settings.start_method or "auto")
     enable_miopen_bypass(
         miopen_strategy or settings.conv,
         verbose,

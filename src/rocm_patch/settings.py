@@ -27,6 +27,8 @@ STRATEGY_NAMES = (
     "implicit_gemm_16", "columns", "winograd_f43", "winograd_f23", "depthwise", "grouped", "taps", "im2col",
 )  # fmt: skip
 START_METHODS = ("spawn", "forkserver", "fork")
+# Of loaders' workers: `auto` is the fork server, and fork where that cannot be.
+LOADER_METHODS = ("auto", *START_METHODS)
 PROFILES = ("auto", "document", "none")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -74,7 +76,7 @@ class Settings:
     def __post_init__(self) -> None:
         check("backend", self.backend, BACKENDS)
         check("conv", self.conv, (*POLICIES, *STRATEGY_NAMES))
-        check("start_method", self.start_method, START_METHODS)
+        check("start_method", self.start_method, LOADER_METHODS)
         check("profile", self.profile, PROFILES)
         check("log", self.log, LOG_LEVELS)
         for field in ("hang_limit", "busy_limit"):

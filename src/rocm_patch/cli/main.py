@@ -22,10 +22,10 @@ from rocm_patch.errors import RocmPatchError
 from rocm_patch.launch.run import BrokenScriptError, Target
 from rocm_patch.settings import (
     BACKENDS,
+    LOADER_METHODS,
     LOG_LEVELS,
     POLICIES,
     PROFILES,
-    START_METHODS,
     STRATEGY_NAMES,
     from_environ,
     parse_bytes,
@@ -73,8 +73,8 @@ def run(
     start_method: Annotated[
         str,
         typer.Option(
-            help=f"Python's start method too, not the loaders' alone: {', '.join(START_METHODS)}. "
-            "Without it, Python's is left alone and loaders get spawn."
+            help=f"How loaders' workers start: {', '.join(LOADER_METHODS)}. auto, as without it: from a fork "
+            "server, and Python's own start method is left alone; the others set that too."
         ),
     ] = "",
     profile: _Profile = "",

@@ -47,7 +47,7 @@ def _patch() -> None:
     settings = from_environ()
     if settings.log:
         show_log(settings.log)
-    if settings.start_method:
+    if settings.start_method and settings.start_method != "auto":
         import multiprocessing
 
         multiprocessing.set_start_method(settings.start_method, force=True)
@@ -59,8 +59,7 @@ def _patch() -> None:
     from rocm_patch.overrides import aten, dataloader
 
     aten.install(activation, settings)
-    asked = settings.start_method
-    dataloader.install(asked or "spawn", persistent=False, may_yield=asked is None)
+    dataloader.install(settings.start_method or "auto", persistent=False)
 
 
 def _surviving(step: Callable[[], None]) -> None:

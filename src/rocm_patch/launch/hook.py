@@ -12,7 +12,7 @@ from typing import Any
 
 # Where `rocm-patch run` lies, for a program whose own Python has no rocm_patch (ours came by pipx).
 SOURCE_VARIABLE = "_ROCM_PATCH_SOURCE"
-_PACKAGES = ("rocm_patch", "patches", "tomli")  # tomli: the catalog needs it on Python 3.10
+_PACKAGES = ("rocm_patch", "patches", "cloudpickle", "tomli")  # tomli: the catalog needs it on Python 3.10
 
 
 class _TorchFinder:

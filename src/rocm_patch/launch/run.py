@@ -244,7 +244,8 @@ def _summary(
         convolutions = f"convolutions {served} on {activation.backend} ({activation.why})"
     loaders = "loaders as they are"
     if activation.backend is not None or settings.start_method:
-        loaders = f"loader workers {settings.start_method or 'spawn'}"
+        method = settings.start_method or "auto"
+        loaders = "loader workers " + ("from a fork server" if method == "auto" else f"by {method}")
     made = sum(change.changes for change in changes)
     kept = len(changes) - made
     variables = f"{made} variables set" + (f", {kept} kept" if kept else "")

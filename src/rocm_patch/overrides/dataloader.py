@@ -1,4 +1,4 @@
-"""DataLoader workers that start fresh instead of being forked.
+"""How loaders' workers start, and what is said when one of them ends.
 
 What breaks under fork is a child that touches the GPU after its parent did: torch refuses
 ("Cannot re-initialize CUDA in forked subprocess"), and the ROCm runtime's handles do not survive a fork.
@@ -8,49 +8,83 @@ from __future__ import annotations
 
 import functools
 import inspect
+import multiprocessing
 import numbers
-import pickle
+import resource
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch.utils.data
+import torch.utils.data.dataloader
 
+from rocm_patch.errors import RocmPatchError
 from rocm_patch.overrides.ledger import LEDGER, Entry, replace
-from rocm_patch.settings import LOGGER, START_METHODS, check
+from rocm_patch.settings import LOADER_METHODS, LOGGER, check
+from rocm_patch.workers import culprit, death, fork_server
+from rocm_patch.workers.buffers import Snapshots
+from rocm_patch.workers.context import CannotStartError, Context
 from rocm_patch.workers.main_script import why_not_importable_again
 
 PATCH = "dataloader"
-# Marks a loader whose start method is ours and not the caller's.
+# Where DataLoader keeps its context: set for the time that its workers start, so that a copy of the loader (Lightning
+# and accelerate make such) does not carry ours along as if the caller had asked for it.
+_CONTEXT = "_DataLoader__multiprocessing_context"
 _OURS = "_rocm_patch_start_method"
+# Batches on their way hold descriptors; 1024, the usual limit, is soon used up.
+_OPEN_FILES = 65536
+# How often a worker's end is looked for while its batch is waited for.
+_TICK_SECONDS = 0.5
 
 
-def install(start_method: str = "spawn", *, persistent: bool = True, may_yield: bool = False) -> Entry:
-    """Give loaders that use workers a start method, and keep their workers, unless the caller said otherwise.
+class WorkerStartError(RocmPatchError, RuntimeError):
+    """Workers cannot start in the way that was asked for (also a `RuntimeError`)."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One way to start a loader's workers: the method, and whether main's definitions travel by value."""
+
+    method: str
+    main_by_value: bool = False
+
+
+def install(start_method: str = "spawn", *, persistent: bool = True) -> Entry:
+    """Start the workers of loaders whose caller said nothing of that, and keep them, where the caller said nothing.
 
     Args:
-        start_method: how their workers start.
-        persistent: whether workers are kept between epochs. Kept workers don't see a dataset that changes
-            between epochs, so the launcher leaves this to the program.
-        may_yield: whether a loader whose workers cannot start so goes back to how they start without us: for a
-            program that did not ask for any of this and must not fail by it.
+        start_method: `spawn`, `forkserver`, `fork`, or `auto`: by the fork server, and by fork, with a note, where
+            that cannot be.
+        persistent: whether workers are kept between epochs. Kept workers don't see a dataset that changes between
+            epochs, so `auto` and the launcher leave this to the program.
     """
-    check("start_method", start_method, START_METHODS)
-    arguments = (start_method, persistent, may_yield)
+    check("start_method", start_method, LOADER_METHODS)
+    persistent = persistent and start_method != "auto"
+    arguments = (start_method, persistent)
     with LEDGER.lock:
         before = LEDGER.already(PATCH, arguments)
         if before is not None:
             return before
-        supplied: dict[str, Any] = {"multiprocessing_context": start_method}
+        supplied: dict[str, Any] = {}
+        if start_method != "auto":
+            supplied["multiprocessing_context"] = start_method
         if persistent:
             supplied["persistent_workers"] = True
         loader = torch.utils.data.DataLoader
-        undo = [replace(loader, "__init__", _supplying(loader.__init__, supplied))]
-        if may_yield:
-            undo.append(replace(loader, "_get_iterator", _yielding(loader._get_iterator)))
+        iterator: Any = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
+        undo = [
+            replace(loader, "__init__", _supplying(loader.__init__, start_method, supplied)),
+            replace(loader, "_get_iterator", _starting(loader._get_iterator, start_method)),
+            replace(iterator, "_try_get_data", _watching(iterator._try_get_data)),
+            fork_server.of_this_process().stop,
+        ]
         given = ", ".join(f"{name}={value!r}" for name, value in supplied.items())
-        return LEDGER.record(PATCH, arguments, Entry(True, f"loaders with workers get {given}"), *undo)
+        why = f"loaders with workers get {given}" if given else "loaders' workers come from a fork server"
+        return LEDGER.record(PATCH, arguments, Entry(True, why), *undo)
 
 
-def _supplying(original: Any, supplied: dict[str, Any]) -> Any:
+def _supplying(original: Any, start_method: str, supplied: dict[str, Any]) -> Any:
     """`DataLoader.__init__` with defaults for what the caller leaves out, positional arguments included."""
     signature = inspect.signature(original)
 
@@ -61,42 +95,186 @@ def _supplying(original: Any, supplied: dict[str, Any]) -> Any:
         except TypeError:  # let the original say what is wrong with the call
             given = {}
         workers = given.get("num_workers", 0)
-        if isinstance(workers, numbers.Integral) and int(workers) > 0:
+        has_workers = isinstance(workers, numbers.Integral) and int(workers) > 0
+        if has_workers:
             added = {name: value for name, value in supplied.items() if name not in given}
             kwargs.update(added)
             vars(self)[_OURS] = "multiprocessing_context" in added
         original(self, *args, **kwargs)
+        if has_workers and self.multiprocessing_context is None and start_method in ("auto", "forkserver"):
+            fork_server.of_this_process().start(int(workers))  # it imports torch while the program goes on
 
     return rocm_patch_dataloader_init
 
 
-def _yielding(original: Any) -> Any:
-    """`DataLoader._get_iterator` that gives our start method up where it cannot work."""
+def _starting(original: Any, start_method: str) -> Any:
+    """`DataLoader._get_iterator` that starts workers in our ways, one after the other until one works."""
 
     @functools.wraps(original)
     def rocm_patch_get_iterator(self: Any) -> Any:
-        if not vars(self).get(_OURS):
+        if self.num_workers == 0:
             return original(self)
-        why = why_not_importable_again()
-        if why is None:
+        _allow_open_files()
+        asked = vars(self)[_CONTEXT]
+        attempts = list(_attempts(asked, start_method, is_ours=bool(vars(self).get(_OURS))))
+        if not attempts:
+            return _naming_what_cannot_be_pickled(self, original)
+        reasons: list[str] = []
+        for attempt in attempts:
+            if attempt.method == "fork":
+                _say_once(type(self.dataset).__qualname__, reasons[-1] if reasons else "")
             try:
-                return original(self)
-            except (pickle.PicklingError, AttributeError, TypeError) as error:
-                if "pickle" not in str(error) and "local object" not in str(error):
-                    raise
-                why = str(error)
-        vars(self)[_OURS] = False
-        self.multiprocessing_context = None
-        _say_once(why)
-        return original(self)
+                return _started(self, original, attempt)
+            except _CannotTravelError as error:
+                reasons.append(str(error))
+        raise WorkerStartError(
+            f"cannot start workers by {attempts[0].method}: {reasons[0]}",
+            "mend what is named, or choose fork for this loader if its workers leave the GPU alone: "
+            "multiprocessing_context='fork'",
+        )
 
     return rocm_patch_get_iterator
 
 
+class _CannotTravelError(Exception):
+    """What a worker needs cannot be sent to it, or not be loaded there."""
+
+
+def _attempts(asked: Any, start_method: str, *, is_ours: bool) -> Iterator[Attempt]:
+    """The ways to try for one loader, none to leave it as it is.
+
+    Args:
+        asked: its multiprocessing context.
+        start_method: what the patch was installed with.
+        is_ours: whether the context was supplied by the patch.
+    """
+    why = why_not_importable_again()
+    ways = [Attempt("", True)] if why else [Attempt("", False), Attempt("", True)]
+    if asked is None and start_method == "auto" and not _is_chosen_by_program():
+        yield from (Attempt("forkserver", way.main_by_value) for way in ways)
+        yield Attempt("fork")
+        return
+    method = asked.get_start_method() if asked is not None else multiprocessing.get_start_method(allow_none=True)
+    if method not in ("spawn", "forkserver"):
+        return
+    # The program's own choice is served by Python, unless Python would run an unguarded script in every worker.
+    if is_ours or why:
+        yield from (Attempt(method, way.main_by_value) for way in ways)
+
+
+def _is_chosen_by_program() -> bool:
+    """Whether the program itself set a start method other than the one that Python has anyway."""
+    method = multiprocessing.get_start_method(allow_none=True)
+    default = multiprocessing.get_all_start_methods()[0]
+    return method is not None and method != default and LEDGER.applied("multiprocessing") is None
+
+
+def _started(loader: Any, original: Any, attempt: Attempt) -> Any:
+    """The loader's iterator with its workers ready.
+
+    Raises:
+        _CannotTravelError: its workers cannot start in this way.
+    """
+    shared = [obj for obj in (loader.dataset, loader.collate_fn, loader.worker_init_fn) if obj is not None]
+    context = Context(
+        attempt.method, main_by_value=attempt.main_by_value, shared=shared, workers=loader.num_workers,
+        snapshots=_snapshots_of(loader),
+    )  # fmt: skip
+    try:
+        context.prepare()
+    except Exception as error:
+        context.finished()
+        found = culprit.find(loader.dataset, "dataset", context.pickles)
+        found = found or culprit.find(loader.collate_fn, "collate_fn", context.pickles)
+        found = found or culprit.find(loader.worker_init_fn, "worker_init_fn", context.pickles)
+        raise _CannotTravelError(str(found or f"{type(error).__name__}: {error}")) from error
+    before = vars(loader)[_CONTEXT]
+    vars(loader)[_CONTEXT] = context
+    try:
+        iterator = original(loader)
+    except CannotStartError as error:
+        raise _CannotTravelError(str(error)) from error
+    finally:
+        vars(loader)[_CONTEXT] = before
+        context.finished()
+    try:
+        context.wait_until_ready()
+    except CannotStartError as error:
+        iterator._shutdown_workers()
+        raise _CannotTravelError(str(error)) from error
+    iterator._rocm_patch_oom_kills = death.oom_kills()
+    return iterator
+
+
+# The exchanged buffers of datasets, by id while they live.
+_SNAPSHOTS: dict[int, Snapshots] = {}
+
+
+def _snapshots_of(loader: Any) -> Snapshots:
+    """Those of the loader's dataset: a second loader finds the buffers of the first."""
+    owner = loader.dataset
+    try:
+        weakref.ref(owner)
+    except TypeError:  # a list
+        owner = loader
+    key = id(owner)
+    if key not in _SNAPSHOTS:
+        _SNAPSHOTS[key] = Snapshots()
+        weakref.finalize(owner, _SNAPSHOTS.pop, key, None)
+    return _SNAPSHOTS[key]
+
+
+def _naming_what_cannot_be_pickled(loader: Any, original: Any) -> Any:
+    """The original; where pickling fails, which part of what the loader sends it is."""
+    try:
+        return original(loader)
+    except culprit.pickle_errors() as error:
+        method = loader.multiprocessing_context
+        if method is None or method.get_start_method() == "fork":
+            raise
+        for name in ("dataset", "collate_fn", "worker_init_fn"):
+            found = culprit.find(getattr(loader, name), name)
+            if found is not None:
+                raise type(error)(f"{error}\n{found}") from error
+        raise
+
+
+def _watching(original: Any) -> Any:
+    """`_MultiProcessingDataLoaderIter._try_get_data` that looks for dead workers often, and says what ended them."""
+
+    @functools.wraps(original)
+    def rocm_patch_try_get_data(self: Any, timeout: float = 5.0) -> Any:
+        left = float(timeout)
+        try:
+            while left > _TICK_SECONDS:
+                success, data = original(self, _TICK_SECONDS)
+                if success:
+                    return success, data
+                left -= _TICK_SECONDS
+            return original(self, left)
+        except RuntimeError as error:
+            if "exited unexpectedly" not in str(error):
+                raise
+            dead = [worker for worker in self._workers if not worker.is_alive() and worker.exitcode]
+            before = getattr(self, "_rocm_patch_oom_kills", None)
+            told = "\n".join(death.described(worker, before) for worker in dead)
+            raise RuntimeError(f"{error}\n{told}" if told else str(error)) from error
+
+    return rocm_patch_try_get_data
+
+
+def _allow_open_files() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        LOGGER.debug("open files allowed: %d instead of %d, for batches that wait", wanted, soft)
+
+
 @functools.lru_cache(maxsize=256)
-def _say_once(why: str) -> None:
+def _say_once(dataset: str, why: str) -> None:
     LOGGER.warning(
-        "loader workers start as without rocm-patch, not by spawn: %s\n"
-        "hint: that is safe for workers that leave the GPU alone; --start-method chooses for all",
+        "the workers of a loader over %s are forked: %s\nforked workers are safe as long as they leave the GPU alone",
+        dataset,
         why,
     )

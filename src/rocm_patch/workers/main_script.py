@@ -1,17 +1,20 @@
-"""Whether spawned workers can have the program's main script: they import it again."""
+"""The program's main script: whether a worker can import it again, and what it defines."""
 
 from __future__ import annotations
 
 import ast
 import sys
+import types
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 
 def why_not_importable_again() -> str | None:
-    """The reason why a spawned worker cannot import the main script, None if it can."""
-    path = getattr(sys.modules.get("__main__"), "__file__", None)
-    if path is None:
+    """The reason why a worker cannot import the main script, None if it can."""
+    main = sys.modules.get("__main__")
+    path = getattr(main, "__file__", None)
+    if path is None or not Path(path).is_file():
         return "the program has no main script that a worker could import"
     return None if _is_guarded(str(path)) else f"{Path(path).name} has no `if __name__ == '__main__':` guard"
 
@@ -25,3 +28,20 @@ def _is_guarded(path: str) -> bool:
         return True
     tests = [node.test for node in body if isinstance(node, ast.If)]
     return any(isinstance(name, ast.Name) and name.id == "__name__" for test in tests for name in ast.walk(test))
+
+
+def defines(main: types.ModuleType, obj: Any) -> bool:
+    """Whether main has this very object under the name that it goes by."""
+    found: Any = main
+    for name in obj.__qualname__.split("."):
+        found = getattr(found, name, None)
+    return found is obj
+
+
+def stand_in(path: str | None) -> types.ModuleType:
+    """In a worker that is not to run main again: an empty `__main__`, for what main defines by value."""
+    main = types.ModuleType("__main__")
+    if path is not None:
+        main.__file__ = path
+    sys.modules["__main__"] = sys.modules["__mp_main__"] = main
+    return main

@@ -1,0 +1,238 @@
+"""Large buffers of a dataset in shared memory: copied once, mapped privately by every worker.
+
+A forked worker shares its parent's pages until one of them writes. The same is had here for a worker that is no fork:
+the bytes go into an anonymous file (memfd_create(2)), every worker maps it privately, and where the buffer is large
+the parent's own pages are exchanged for such a mapping too, at the same addresses, so that the bytes exist once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+_PAGE = mmap.PAGESIZE
+# A buffer of this size is worth a page of its own outside the pickle.
+LEAST_BYTES = 1 << 16
+# From here on a second copy weighs more than the care that an exchange of pages takes.
+_LEAST_EXCHANGED = 32 << 20
+_PIECE = 16 << 20
+_MAP_NORESERVE = 0x4000
+_MAP_FIXED = 0x10
+_PROT = mmap.PROT_READ | mmap.PROT_WRITE
+
+# Through PyDLL: with Python's lock held, so that no other thread of the program writes in between.
+_libc = ctypes.PyDLL(None, use_errno=True)
+_libc.pwrite.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64)
+_libc.pwrite.restype = ctypes.c_ssize_t
+_libc.mmap.argtypes = (
+    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64,
+)  # fmt: skip
+_libc.mmap.restype = ctypes.c_void_p
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+
+class Arena:
+    """Anonymous shared memory that grows; whoever has the descriptor can map it. Closed with its last reference."""
+
+    def __init__(self) -> None:
+        self.fd = os.memfd_create("rocm-patch-buffers", os.MFD_CLOEXEC)
+        self.inode = os.fstat(self.fd).st_ino
+        self._size = 0
+        _ARENAS.add(self)
+        weakref.finalize(self, os.close, self.fd)
+
+    def take(self, nbytes: int, address: int = 0) -> int:
+        """Room for `nbytes`; returns the offset, which lies in its page as `address` does."""
+        offset = -(-self._size // _PAGE) * _PAGE + address % _PAGE
+        self._size = offset + nbytes
+        os.ftruncate(self.fd, self._size)
+        return offset
+
+    def write(self, offset: int, address: int, nbytes: int) -> None:
+        """Copy memory into the arena; the caller keeps Python's lock throughout a piece of 16 MiB.
+
+        Raises:
+            OSError: there is no memory for it.
+        """
+        done = 0
+        while done < nbytes:
+            wrote = _libc.pwrite(self.fd, address + done, min(nbytes - done, _PIECE), offset + done)
+            if wrote <= 0:
+                raise OSError(ctypes.get_errno(), "cannot copy a dataset's buffer into shared memory")
+            done += wrote
+
+
+# Those of this process: pages that were exchanged before may be exchanged again.
+_ARENAS: weakref.WeakSet[Arena] = weakref.WeakSet()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a buffer lies."""
+
+    arena: Arena
+    offset: int
+    nbytes: int
+
+
+@dataclass
+class Snapshots:
+    """The buffers of one dataset that were exchanged, for the loaders after the first.
+
+    Attributes:
+        kept: by address and size. Valid while the pages at the address are still the arena's.
+    """
+
+    kept: dict[tuple[int, int], Place] = field(default_factory=dict)
+
+    def place(self, address: int, nbytes: int, loose: Arena, *, may_exchange: bool) -> Place:
+        """Where a buffer's bytes lie as they are now: where they lay before, in an exchange, or copied to `loose`."""
+        key = (address, nbytes)
+        before = self.kept.pop(key, None)
+        if before is not None and _is_unchanged(address, before):
+            self.kept[key] = before
+            return before
+        if may_exchange and nbytes >= _LEAST_EXCHANGED and _is_plain_memory(address, nbytes):
+            arena = Arena()
+            place = Place(arena, arena.take(nbytes, address), nbytes)
+            if _exchange(address, place):
+                self.kept[key] = place
+            return place
+        place = Place(loose, loose.take(nbytes), nbytes)
+        loose.write(place.offset, address, nbytes)
+        return place
+
+    def keep_only(self, used: set[tuple[int, int]]) -> None:
+        """Forget the buffers that the dataset has no more."""
+        for key in self.kept.keys() - used:
+            del self.kept[key]
+
+
+def _inner(address: int, nbytes: int) -> tuple[int, int]:
+    """The whole pages within a buffer, (first, past the last)."""
+    return -(-address // _PAGE) * _PAGE, (address + nbytes) // _PAGE * _PAGE
+
+
+def _exchange(address: int, place: Place) -> bool:
+    """Copy a buffer to its place and put a private mapping of the copy where it was; False if it stayed what it was.
+
+    malloc's word before the buffer and whatever else lies in its first and last page stay: whole pages only.
+    """
+    first, end = _inner(address, place.nbytes)
+    arena, offset = place.arena, place.offset
+    arena.write(offset, address, first - address)
+    exchanged = True
+    for piece in range(first, end, _PIECE):
+        nbytes = min(_PIECE, end - piece)
+        at = offset + piece - address
+        with _one_thread():
+            arena.write(at, piece, nbytes)
+            if exchanged:
+                flags = mmap.MAP_PRIVATE | _MAP_FIXED | _MAP_NORESERVE
+                exchanged = _libc.mmap(piece, nbytes, _PROT, flags, arena.fd, at) != _MAP_FAILED
+    arena.write(offset + end - address, end, address + place.nbytes - end)
+    return exchanged
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Python does not hand its lock on between the copy of a piece and the exchange of its pages."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(60)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
+@dataclass(frozen=True)
+class _Mapping:
+    start: int
+    end: int
+    permissions: str
+    offset: int
+    inode: int
+
+
+def _mappings(address: int, nbytes: int) -> list[_Mapping]:
+    """The process's mappings (proc_pid_maps(5)) that a range touches."""
+    found = []
+    with open("/proc/self/maps", encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            extent, permissions, offset, _, inode = line.split(maxsplit=5)[:5]
+            start, end = (int(text, 16) for text in extent.split("-"))
+            if start < address + nbytes and address < end:
+                found.append(_Mapping(start, end, permissions, int(offset, 16), int(inode)))
+    return found
+
+
+def _is_plain_memory(address: int, nbytes: int) -> bool:
+    """Whether a buffer is ordinary memory of the process: private, writable, no file, no device, no huge pages.
+
+    Memory that a driver has pinned must keep its pages: the caller asks torch about that.
+    """
+    first, end = _inner(address, nbytes)
+    found = _mappings(first, end - first)
+    whole = bool(found) and found[0].start <= first and found[-1].end >= end
+    return whole and all(one.permissions == "rw-p" and (one.inode == 0 or _is_arena(one)) for one in found)
+
+
+def _is_arena(mapping: _Mapping) -> bool:
+    return any(arena.inode == mapping.inode for arena in _ARENAS)
+
+
+def _is_unchanged(address: int, place: Place) -> bool:
+    """Whether a buffer that was exchanged still has the arena's pages and none of its own.
+
+    The kernel says of each page whether it belongs to a file (bit 61), and whether it is present (63) or swapped out
+    (62): a page that was written to has become the process's own. Documentation/admin-guide/mm/pagemap.rst.
+    """
+    first, end = _inner(address, place.nbytes)
+    for mapping in _mappings(first, end - first):
+        start = max(first, mapping.start)
+        at = place.offset + start - address
+        if mapping.inode != place.arena.inode or mapping.offset + start - mapping.start != at:
+            return False
+    try:
+        with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+            pagemap.seek(first // _PAGE * 8)
+            wanted = (end - first) // _PAGE * 8
+            entries = bytearray()
+            while len(entries) < wanted:
+                got = pagemap.read(wanted - len(entries))
+                if not got:
+                    return False
+                entries += got
+    except OSError:
+        return False
+    for flags in set(entries[7::8]):
+        present, swapped, is_files = flags & 0x80, flags & 0x40, flags & 0x20
+        if swapped or (present and not is_files):
+            return False
+    edges = ((address, first), (end, address + place.nbytes))
+    return all(
+        os.pread(place.arena.fd, stop - start, place.offset + start - address)
+        == ctypes.string_at(start, stop - start)
+        for start, stop in edges
+    )
+
+
+class MappedArenas:
+    """In a worker: the arenas that it was given, each mapped once, so that what shared memory goes on sharing it."""
+
+    def __init__(self, fds: list[int]) -> None:
+        self._fds = fds
+        self._maps: dict[int, memoryview] = {}
+
+    def view(self, arena: int, offset: int, nbytes: int) -> memoryview:
+        """The bytes of one buffer, writable without anybody else's seeing it."""
+        if arena not in self._maps:
+            mapped = mmap.mmap(self._fds[arena], 0, flags=mmap.MAP_PRIVATE | _MAP_NORESERVE, prot=_PROT)
+            self._maps[arena] = memoryview(mapped)
+        return self._maps[arena][offset : offset + nbytes]

@@ -1,0 +1,308 @@
+"""How a loader's workers start with us: a multiprocessing context per loader, whose processes share one payload."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import os
+import pickle
+import sys
+from collections.abc import Callable, Sequence
+from multiprocessing import connection, popen_fork, process, resource_tracker, spawn, util
+from multiprocessing import context as mp_context
+from typing import Any
+
+from rocm_patch.workers import boot, fork_server, installed, loop, state
+from rocm_patch.workers.buffers import Snapshots
+from rocm_patch.workers.payload import InheritedFd, Payload, Pickler, handing_descriptors_to
+
+
+class CannotStartError(RuntimeError):
+    """A worker could not start in this way, and why; another way may work."""
+
+
+class Context(mp_context.BaseContext):
+    """The workers of one loader.
+
+    Args:
+        method: `forkserver`, `spawn` (a new interpreter each) or `fork`.
+        main_by_value: whether what the main script defines travels by value; else workers import the script again.
+        shared: what all workers get: the dataset and the loader's functions.
+        workers: how many there will be.
+        snapshots: of the dataset's large buffers.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        *,
+        main_by_value: bool = False,
+        shared: Sequence[Any] = (),
+        workers: int = 1,
+        snapshots: Snapshots | None = None,
+    ) -> None:
+        self._name = method
+        self.main_by_value = main_by_value
+        self.shared = list(shared)
+        self.workers = workers
+        self.started: list[Popen] = []
+        self._snapshots = snapshots if snapshots is not None else Snapshots()
+        self._payload: Payload | None = None
+        self._once = loop.Once()
+
+    def payload(self) -> Payload:
+        """The shared objects, pickled: once for all workers where that can be.
+
+        Raises:
+            Exception: whatever pickling them raises.
+        """
+        made = self._payload
+        self._payload = None
+        if made is None:
+            made = Payload(self.shared, self._snapshots, main_by_value=self.main_by_value)
+        if not made.is_for_one:
+            self._payload = made
+        return made
+
+    def pickles(self, obj: Any) -> None:
+        """Pickle one of the shared objects into nothing.
+
+        Raises:
+            Exception: whatever pickling it raises.
+        """
+        pickler = Pickler(io.BytesIO(), main_by_value=self.main_by_value, buffer_callback=lambda _: None)
+        with handing_descriptors_to(_Nobody()):
+            pickler.dump(obj)
+
+    def prepare(self) -> None:
+        """Pickle the shared objects now, before anything is started."""
+        if self._name != "fork":
+            self._payload = self.payload()
+
+    def finished(self) -> None:
+        """All workers have been started: what was made for them can go."""
+        self._payload = None
+        self.shared = []
+
+    def Process(self, *, target: Callable[..., Any], args: Sequence[Any] = ()) -> Any:
+        """A process that runs torch's loop, started in this context's way."""
+        surrounded = (target, self._once, *args)
+        if self._name == "fork":
+            return _ForkedWorker(target=loop.worker_loop, args=surrounded)
+        made = Worker(target=loop.worker_loop, args=surrounded)
+        made.context = self
+        return made
+
+    def wait_until_ready(self) -> None:
+        """Come back when every worker has loaded what it was given.
+
+        Raises:
+            CannotStartError: one of them could not.
+        """
+        for popen in self.started:
+            popen.wait_until_ready()
+
+
+class _Nobody:
+    """What multiprocessing hands descriptors to when nothing is started."""
+
+    @staticmethod
+    def duplicate_for_child(fd: int) -> int:
+        return fd
+
+    DupFd = staticmethod(int)
+
+
+class _ForkedWorker(mp_context.ForkProcess):
+    """A forked worker whose process object torch may take for any other."""
+
+
+class Worker(process.BaseProcess):
+    """A worker process; pickled, it is what the worker itself sees."""
+
+    context: Context | None = None
+    _start_method = None  # what the program has set holds in the worker too
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("context", "_popen")}
+
+    def __setstate__(self, values: dict[str, Any]) -> None:
+        vars(self).update(values, _popen=None)
+
+    @staticmethod
+    def _Popen(process_obj: Worker) -> Popen:
+        assert process_obj.context is not None
+        return Popen(process_obj, process_obj.context)
+
+
+class _ProcessPickler(Pickler):
+    """Pickles a process object; the shared objects in it become their numbers."""
+
+    def __init__(self, file: Any, shared: Sequence[Any], *, main_by_value: bool) -> None:
+        super().__init__(file, main_by_value=main_by_value)
+        self._shared = {id(obj): number for number, obj in enumerate(shared)}
+
+    def persistent_id(self, obj: Any) -> int | None:
+        return self._shared.get(id(obj))
+
+
+class Popen(popen_fork.Popen):
+    """A started worker: `multiprocessing`'s protocol over the fork server's answers or a child of our own.
+
+    The pipe of messages brings what the worker and the server say; the sentinel's end means the worker's.
+
+    Attributes:
+        peak_bytes: the most memory that it had, known after its end.
+    """
+
+    def __init__(self, process_obj: Worker, context: Context) -> None:
+        self._is_spawned = context.get_start_method() == "spawn"
+        self.peak_bytes: int | None = None
+        self._fds: list[int] = []
+        self._said = b""
+        self._context = context
+        super().__init__(process_obj)
+
+    def duplicate_for_child(self, fd: int) -> int:
+        """Have a descriptor sent along; multiprocessing asks while it pickles."""
+        self._fds.append(fd)
+        return len(self._fds) - 1
+
+    @staticmethod
+    def DupFd(index: int) -> InheritedFd:
+        """What is pickled for a descriptor that is sent along."""
+        return InheritedFd("process", index)
+
+    def _launch(self, process_obj: Worker) -> None:
+        spawn._check_not_importing_main()  # type: ignore[attr-defined]
+        context = self._context
+        payload = context.payload()
+        stream = io.BytesIO()
+        pickler = _ProcessPickler(stream, context.shared, main_by_value=context.main_by_value)
+        with handing_descriptors_to(self):
+            pickler.dump(process_obj)
+        modules = payload.modules | pickler.modules | ({"__main__"} if not context.main_by_value else set())
+        needed = installed.needed(modules)
+        request = _in_memory({
+            "preparation": boot.preparation(process_obj.name, with_main=not context.main_by_value),
+            "main": {"path": getattr(sys.modules["__main__"], "__file__", None)} if context.main_by_value else None,
+            "state": state.captured(set(needed)),
+            "payload": payload.heading,
+            "process": stream.getvalue(),
+        })  # fmt: skip
+        self._messages, messages_w = os.pipe2(os.O_CLOEXEC)
+        self.sentinel, sentinel_w = os.pipe2(os.O_CLOEXEC)
+        self.finalizer = util.Finalize(self, util.close_fds, (self._messages, self.sentinel))  # type: ignore[attr-defined]
+        tracker: Any = resource_tracker.getfd
+        own = [request, messages_w, tracker(), _alive_descriptor(), *_standard_streams()]
+        fds = [*own, *payload.fds, *self._fds]
+        try:
+            if self._is_spawned:
+                command = [os.fsencode(word) for word in boot.command("boot", *fds)]
+                self.pid = util.spawnv_passfds(command[0], command, [*fds, sentinel_w])
+            else:
+                fork_server.of_this_process().fork([sentinel_w, *fds], needed, context.workers)
+        except fork_server.NoServerError as error:
+            raise CannotStartError(str(error)) from error
+        finally:
+            for fd in (request, messages_w, sentinel_w):
+                os.close(fd)
+        if not self._is_spawned:
+            self.pid = self._forked(needed)
+        context.started.append(self)
+
+    def _forked(self, modules: Sequence[str]) -> int:
+        """The process id, when the server has forked."""
+        message = self._message()
+        if "refused" in message:
+            fork_server.of_this_process().avoid(modules)
+            raise CannotStartError(f"an import in the fork server opened {message['refused']}")
+        if "pid" not in message:
+            raise CannotStartError("the fork server ended")
+        return int(message["pid"])
+
+    def wait_until_ready(self) -> None:
+        """Come back when the worker has loaded what it was given.
+
+        Raises:
+            CannotStartError: it could not, and why.
+        """
+        message = self._message()
+        if "ready" not in message:
+            self.wait(5)
+            raise CannotStartError(message.get("failed") or "the worker ended while it started")
+
+    def _message(self) -> dict[str, Any]:
+        """The next thing that the worker or the server says; nothing when nobody will say more."""
+        while b"\n" not in self._said:
+            got = os.read(self._messages, 4096)
+            if not got:
+                return {}
+            self._said += got
+        line, self._said = self._said.split(b"\n", 1)
+        message: dict[str, Any] = json.loads(line)
+        if "exit" in message:
+            self.returncode = message["exit"]
+            self.peak_bytes = message["peak"]
+        return message
+
+    def poll(self, flag: int = os.WNOHANG) -> int | None:
+        """The exit code, None while it runs; waits for it unless told not to."""
+        if self.returncode is not None:
+            return self.returncode
+        if not connection.wait([self.sentinel], 0 if flag == os.WNOHANG else None):
+            return None
+        if self._is_spawned:
+            self._reap_child()
+        while self.returncode is None:
+            if not self._message():  # the server was killed, and its workers end with it
+                self.returncode = 255
+        return self.returncode
+
+    def _reap_child(self) -> None:
+        try:
+            _, status, usage = os.wait4(self.pid, 0)
+        except ChildProcessError:  # somebody's waitpid(-1) was first
+            self.returncode = 255
+        else:
+            self.returncode = os.waitstatus_to_exitcode(status)
+            self.peak_bytes = usage.ru_maxrss * 1024
+
+
+def _in_memory(request: dict[str, Any]) -> int:
+    """The descriptor of an anonymous file that holds a pickle."""
+    fd = os.memfd_create("rocm-patch-request", os.MFD_CLOEXEC)
+    with open(fd, "wb", closefd=False) as file:
+        pickle.dump(request, file, protocol=5)
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
+
+
+def _standard_streams() -> tuple[int, int]:
+    """Those of the program now: it may have redirected them since the server was started."""
+    return (_open_or_null(1), _open_or_null(2))
+
+
+def _open_or_null(fd: int) -> int:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return _null()
+    return fd
+
+
+@functools.cache
+def _null() -> int:
+    return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+
+
+_alive: dict[int, tuple[int, int]] = {}
+
+
+def _alive_descriptor() -> int:
+    """The read end of a pipe that nobody writes to, at its end when this process has ended."""
+    pid = os.getpid()
+    if pid not in _alive:
+        _alive[pid] = os.pipe2(os.O_CLOEXEC)
+    return _alive[pid][0]
