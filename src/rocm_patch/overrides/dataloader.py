@@ -24,7 +24,7 @@ from rocm_patch.overrides.ledger import LEDGER, Entry, replace
 from rocm_patch.settings import LOADER_METHODS, LOGGER, check
 from rocm_patch.workers import culprit, death, fork_server
 from rocm_patch.workers.buffers import Snapshots
-from rocm_patch.workers.context import CannotStartError, Context
+from rocm_patch.workers.context import CannotStartError, Context, RefusedError
 from rocm_patch.workers.main_script import why_not_importable_again
 
 PATCH = "dataloader"
@@ -33,7 +33,7 @@ PATCH = "dataloader"
 _CONTEXT = "_DataLoader__multiprocessing_context"
 _OURS = "_rocm_patch_start_method"
 # Batches on their way hold descriptors; 1024, the usual limit, is soon used up.
-_OPEN_FILES = 65536
+_FEW_FILES, _OPEN_FILES = 4096, 65536
 # How often a worker's end is looked for while its batch is waited for.
 _TICK_SECONDS = 0.5
 
@@ -191,7 +191,10 @@ def _started(loader: Any, original: Any, attempt: Attempt) -> Any:
     before = vars(loader)[_CONTEXT]
     vars(loader)[_CONTEXT] = context
     try:
-        iterator = original(loader)
+        try:
+            iterator = original(loader)
+        except RefusedError:
+            iterator = original(loader)
     except CannotStartError as error:
         raise _CannotTravelError(str(error)) from error
     finally:
@@ -266,7 +269,7 @@ def _watching(original: Any) -> Any:
 def _allow_open_files() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
+    if soft != resource.RLIM_INFINITY and soft < min(wanted, _FEW_FILES):
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         LOGGER.debug("open files allowed: %d instead of %d, for batches that wait", wanted, soft)
 

@@ -62,7 +62,7 @@ def _prepared(request: int, fds: Sequence[int]) -> Any:
         state.apply_to_libraries(taken)
         heading = asked["payload"]
         shared, published = payload.load(heading, fds[: heading["fds"]])
-        vars(sys.modules["__main__"]).update(published)
+        main_script.publish(published)
         state.apply_settings(taken)
         payload.INHERITED["process"] = list(fds[heading["fds"] :])
         unpickler = _ProcessUnpickler(io.BytesIO(asked["process"]))

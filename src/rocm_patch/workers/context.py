@@ -22,6 +22,10 @@ class CannotStartError(RuntimeError):
     """A worker could not start in this way, and why; another way may work."""
 
 
+class RefusedError(CannotStartError):
+    """The fork server refused to fork, since an import has touched the GPU; a new one will do without that import."""
+
+
 class Context(mp_context.BaseContext):
     """The workers of one loader.
 
@@ -217,7 +221,7 @@ class Popen(popen_fork.Popen):
         message = self._message()
         if "refused" in message:
             fork_server.of_this_process().avoid(modules)
-            raise CannotStartError(f"an import in the fork server opened {message['refused']}")
+            raise RefusedError(f"an import in the fork server opened {message['refused']}")
         if "pid" not in message:
             raise CannotStartError("the fork server ended")
         return int(message["pid"])

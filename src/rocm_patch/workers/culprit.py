@@ -93,12 +93,17 @@ def _parts(obj: Any) -> Iterator[tuple[str, Any]]:
         for name in obj.__code__.co_names:
             if name in obj.__globals__:
                 yield f" global {name!r}", obj.__globals__[name]
-    elif not isinstance(obj, (type, types.ModuleType)):
+    elif not isinstance(obj, (type, types.ModuleType)) and not _is_primitive(obj):
         state = _state(obj)
         if isinstance(state, dict):
             yield from (
                 (f".{key}" if str(key).isidentifier() else f"[{key!r}]", value) for key, value in state.items()
             )
+
+
+def _is_primitive(obj: Any) -> bool:
+    """Whether an object is one of Python's own for threads and processes, whose inside means nothing to its user."""
+    return type(obj).__module__.partition(".")[0] in ("threading", "multiprocessing")
 
 
 def _state(obj: Any) -> Any:
@@ -125,6 +130,13 @@ def _slots(kind: type) -> tuple[str, ...]:
     return (slots,) if isinstance(slots, str) else tuple(slots)
 
 
+def _is_importable(kind: type) -> bool:
+    found: Any = sys.modules.get(kind.__module__)
+    for part in kind.__qualname__.split("."):
+        found = getattr(found, part, None)
+    return found is kind
+
+
 def _described(obj: Any) -> tuple[str, str]:
     """What an object is, and what to do about it."""
     kind = type(obj)
@@ -138,8 +150,6 @@ def _described(obj: Any) -> tuple[str, str]:
         )
     if isinstance(obj, type):
         return f"class {obj.__qualname__}", "define it at the top level of a module"
-    if "<locals>" in kind.__qualname__:
-        return f"instance of the local class {kind.__qualname__}", "define the class at the top level of a module"
     if isinstance(obj, io.IOBase):
         return f"open file {getattr(obj, 'name', '')!r}", _OPEN_LATER.format("the file")
     if isinstance(obj, (types.GeneratorType, types.CoroutineType)):
@@ -154,6 +164,8 @@ def _described(obj: Any) -> tuple[str, str]:
             f"{where} of shape {tuple(obj.shape)} on {obj.device}",
             "keep CPU tensors in the dataset, detached from the graph, and move the batch in the training loop",
         )
+    if not _is_importable(kind):
+        return f"instance of the local class {kind.__qualname__}", "define the class at the top level of a module"
     return f"object of type {name}", "make it in the worker: in worker_init_fn, or at its first use"
 
 

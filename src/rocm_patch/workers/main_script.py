@@ -38,6 +38,16 @@ def defines(main: types.ModuleType, obj: Any) -> bool:
     return found is obj
 
 
+def publish(definitions: dict[str, Any]) -> None:
+    """In a worker: put what main defines where pickle looks for it, under the names that it goes by."""
+    main = sys.modules["__main__"]
+    for qualified_name, definition in definitions.items():
+        if isinstance(definition, type):
+            definition.__qualname__ = qualified_name  # which does not travel with a class
+        if qualified_name.isidentifier():
+            setattr(main, qualified_name, definition)
+
+
 def stand_in(path: str | None) -> types.ModuleType:
     """In a worker that is not to run main again: an empty `__main__`, for what main defines by value."""
     main = types.ModuleType("__main__")

@@ -75,7 +75,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         if is_definition and module == "__main__":
             if not self._main_by_value and main_script.defines(self._main, obj):
                 return obj.__qualname__  # by reference, as pickle has it
-            if obj.__qualname__.isidentifier() and main_script.defines(self._main, obj):
+            if main_script.defines(self._main, obj):
                 self.published[obj.__qualname__] = obj
         elif type(obj).__name__ == "memmap":
             reduced = _reduce_memmap(obj)

@@ -63,11 +63,6 @@ def apply_first(state: dict[str, Any]) -> None:
 
 def apply_to_libraries(state: dict[str, Any]) -> None:
     """In a worker, when what the server imported is there and before the dataset is loaded."""
-    filters: Any = warnings.filters
-    filters[:] = [
-        (action, _pattern(message), category, _pattern(module), line)
-        for action, message, category, module, line in state["warnings"]
-    ]
     for name, level in state["log"].items():
         logging.getLogger(name).setLevel(level)
     if "torch" in state:
@@ -75,6 +70,12 @@ def apply_to_libraries(state: dict[str, Any]) -> None:
 
         _apply_to_torch(torch, state["torch"])
     apply_settings(state)
+    # After all imports, which add filters of their own.
+    filters: Any = warnings.filters
+    filters[:] = [
+        (action, _pattern(message), category, _pattern(module), line)
+        for action, message, category, module, line in state["warnings"]
+    ]
 
 
 def apply_settings(state: dict[str, Any]) -> None:
