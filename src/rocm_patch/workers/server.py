@@ -51,6 +51,8 @@ def main(control: int, parent: int) -> None:
     for name in _PRELOADED:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    if "PIL.Image" in sys.modules:
+        sys.modules["PIL.Image"].preinit()  # imports the common formats, which the first image opened does otherwise
     from rocm_patch.workers import loop  # noqa: F401
 
     gc.collect()
