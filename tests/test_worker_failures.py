@@ -490,10 +490,76 @@ def test_the_programs_own_choice_is_left_alone(auto):
     assert served == {fork_server.of_this_process().pid}
 
 
-def test_frameworks_that_make_loaders_of_their_own(auto):
-    """accelerate and Lightning copy a loader by its attributes; a subclass may do anything."""
+class Parents(Dataset):
+    """Which process each worker came from."""
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        return torch.tensor([float(index), os.getppid()])
+
+
+def test_accelerates_copy_of_a_loader_is_served(auto):
     accelerate = pytest.importorskip("accelerate")
-    loader = DataLoader(Doing(lambda n: torch.tensor([float(n), os.getppid()])), num_workers=1, batch_size=2)
+    loader = DataLoader(Parents(), num_workers=1, batch_size=2)
     prepared = accelerate.Accelerator(cpu=True).prepare(loader)
     for _ in range(2):
         assert {int(parent) for batch in prepared for parent in batch[:, 1]} == {fork_server.of_this_process().pid}
+
+
+def test_lightnings_loaders_are_served(auto, tmp_path):
+    lightning = pytest.importorskip("lightning")
+    seen = set()
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(2, 1)
+
+        def training_step(self, batch, index):
+            seen.update(int(parent) for parent in batch[:, 1])
+            return self.layer(batch / 1e6).mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.01)
+
+    trainer = lightning.Trainer(
+        max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(Module(), DataLoader(Parents(), num_workers=2, batch_size=4))
+    assert seen == {fork_server.of_this_process().pid}
+
+
+class Forever:
+    def __init__(self, sampler):
+        self.sampler = sampler
+
+    def __iter__(self):
+        while True:
+            yield from iter(self.sampler)
+
+
+class EndlessLoader(DataLoader):
+    """As ultralytics and timm have it: one iterator, made with the loader, over a batch sampler that repeats."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        object.__setattr__(self, "batch_sampler", Forever(self.batch_sampler))
+        self.iterator = super().__iter__()
+
+    def __len__(self):
+        return len(self.batch_sampler.sampler)
+
+    def __iter__(self):
+        for _ in range(len(self)):
+            yield next(self.iterator)
+
+
+def test_a_subclass_with_an_iterator_of_its_own_is_served(auto):
+    loader = EndlessLoader(Parents(), num_workers=2, batch_size=4)
+    for _ in range(3):
+        batches = torch.cat(list(loader))
+        assert batches[:, 0].tolist() == list(range(16))
+        assert set(batches[:, 1].tolist()) == {fork_server.of_this_process().pid}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copyreg
 import functools
 import io
+import marshal
 import pickle
 import sys
 import types
@@ -50,6 +51,8 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     ) -> None:
         # cloudpickle would copy what an open file holds; a worker that reads on from a copy is a surprise.
         by_value = {type_: how for type_, how in cloudpickle.Pickler._dispatch_table.items() if type_ is not _FILE}
+        # From 3.1.3 on cloudpickle forgets which file code comes from, and a traceback is to say that.
+        by_value[types.CodeType] = _reduce_code
         # Read by pickle when it is initialised, and not later.
         self.dispatch_table = ChainMap(
             {}, ForkingPickler._extra_reducers, by_value, copyreg.dispatch_table  # type: ignore[attr-defined]
@@ -85,6 +88,10 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
 
 
 _FILE = io.TextIOWrapper
+
+
+def _reduce_code(code: types.CodeType) -> Any:
+    return marshal.loads, (marshal.dumps(code),)  # a worker runs the same Python
 
 
 class _StoragePickler(Pickler):
