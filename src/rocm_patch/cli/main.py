@@ -16,6 +16,7 @@ import typer
 from rocm_patch._version import __version__
 from rocm_patch.cli import bench as measuring
 from rocm_patch.cli import cache, proving
+from rocm_patch.cli import check as checking
 from rocm_patch.cli import tune as tuning
 from rocm_patch.cli.arguments import split_run
 from rocm_patch.errors import RocmPatchError
@@ -267,6 +268,7 @@ app.command(context_settings={"allow_extra_args": True})(proving.probe)
 app.command()(proving.demo)
 app.command()(measuring.bench)
 app.command()(tuning.tune)
+app.command()(checking.check)
 app.add_typer(cache.app, name="cache")
 
 

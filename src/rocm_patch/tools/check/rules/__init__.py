@@ -1,0 +1,15 @@
+"""The rules: each a function from a script to its findings, in the file of its subject."""
+
+from __future__ import annotations
+
+from rocm_patch.tools.check.finding import Rule
+from rocm_patch.tools.check.rules import order, pickling, start, touching, versions
+
+RULES: tuple[Rule, ...] = (
+    order.torch_before_environment,
+    start.missing_guard,
+    start.fork_asked_for,
+    pickling.lambda_to_loader,
+    touching.gpu_at_import,
+    versions.v1_api,
+)
