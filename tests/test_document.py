@@ -4,7 +4,7 @@ import textwrap
 
 import pytest
 
-from conftest import python
+from conftest import python, rocm_patch
 
 NAMES = ("patches", "rocm_patch")
 DATASET = """
@@ -132,6 +132,7 @@ def test_migration_the_old_order_of_calls_still_works(tmp_path, name):
         print_bypass_report,
     )
     loader = DataLoader(dataset, num_workers=4)
+    assert len(list(loader)) == len(dataset)  # the document's code has no guard
     assert not enable_miopen_bypass(strategy=None) and not enable_miopen_bypass(FallbackStrategy.AUTO)
     patch_torch_nn(Conv2dBypassConfig(verbose=True))
     torch.nn.Conv2d(3, 2, 3)(torch.randn(1, 3, 8, 8))
@@ -140,6 +141,18 @@ def test_migration_the_old_order_of_calls_still_works(tmp_path, name):
     done = run(tmp_path, text)
     assert "1  im2col     forward 1x3x8x8 by 2x3x3x3 float32 cpu" in done.stdout
     assert "-> im2col" in done.stderr
+
+
+def test_real_world_validation_an_unguarded_script_that_asks_for_spawn_itself(tmp_path):
+    """The document's "after" snippet, which Python by itself would start again in every worker."""
+    path = tmp_path / "train.py"
+    path.write_text(
+        "import multiprocessing as mp\nmp.set_start_method('spawn', force=True)\n"
+        + DATASET
+        + "loader = DataLoader(dataset, num_workers=4)\nprint(len(list(loader)), mp.get_start_method())\n"
+    )
+    assert python(str(path), check=False).returncode
+    assert rocm_patch("run", "-q", "--backend", "cpu", str(path)).stdout == "8 spawn\n"
 
 
 def test_a_users_own_patches_folder_still_imports(tmp_path):

@@ -490,6 +490,18 @@ def test_the_programs_own_choice_is_left_alone(auto):
     assert served == {fork_server.of_this_process().pid}
 
 
+def test_what_became_of_each_loader_is_in_the_status(auto):
+    list(DataLoader(Holding(), num_workers=1))
+    list(DataLoader(Holding(), num_workers=1))
+    list(DataLoader(Holding(lock=threading.Lock()), num_workers=1))
+    list(DataLoader(Holding(), num_workers=1, multiprocessing_context="fork"))
+    over = f"workers of DataLoader over {__name__}.Holding"
+    served, forked, left = rocm_patch.patch_status()["dataloader"].details
+    assert served.startswith(f"{over} come from the fork server")
+    assert forked == f"{over} are forked, since dataset.lock: lock (_thread.lock)"
+    assert left == f"{over} start as the program asks"
+
+
 class Parents(Dataset):
     """Which process each worker came from."""
 

@@ -49,6 +49,10 @@ class Attempt:
     method: str
     main_by_value: bool = False
 
+    def __str__(self) -> str:
+        how = {"forkserver": "come from the fork server", "spawn": "are spawned", "fork": "are forked"}[self.method]
+        return f"{how}, and what the main script defines travels by value" if self.main_by_value else how
+
 
 def install(start_method: str = "spawn", *, persistent: bool = True) -> Entry:
     """Start the workers of loaders whose caller said nothing of that, and keep them, where the caller said nothing.
@@ -118,15 +122,20 @@ def _starting(original: Any, start_method: str) -> Any:
         asked = vars(self)[_CONTEXT]
         attempts = list(_attempts(asked, start_method, is_ours=bool(vars(self).get(_OURS))))
         if not attempts:
+            LEDGER.note(PATCH, f"{_described(self)} start as the program asks")
             return _naming_what_cannot_be_pickled(self, original)
         reasons: list[str] = []
         for attempt in attempts:
             if attempt.method == "fork":
                 _say_once(type(self.dataset).__qualname__, reasons[-1] if reasons else "")
             try:
-                return _started(self, original, attempt)
+                iterator = _started(self, original, attempt)
             except _CannotTravelError as error:
                 reasons.append(str(error))
+            else:
+                because = f", since {reasons[-1].splitlines()[0]}" if reasons else ""
+                LEDGER.note(PATCH, f"{_described(self)} {attempt}{because}")
+                return iterator
         raise WorkerStartError(
             f"cannot start workers by {attempts[0].method}: {reasons[0]}",
             "mend what is named, or choose fork for this loader if its workers leave the GPU alone: "
@@ -272,6 +281,11 @@ def _allow_open_files() -> None:
     if soft != resource.RLIM_INFINITY and soft < min(wanted, _FEW_FILES):
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         LOGGER.debug("open files allowed: %d instead of %d, for batches that wait", wanted, soft)
+
+
+def _described(loader: Any) -> str:
+    kind = type(loader.dataset)
+    return f"workers of {type(loader).__qualname__} over {kind.__module__}.{kind.__qualname__}"
 
 
 @functools.lru_cache(maxsize=256)

@@ -6,6 +6,7 @@ object.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from rocm_patch.settings import LOGGER
 # The patches that enable_all_patches() applies, in its order; each has its entry in a Status.
 PATCHES = ("multiprocessing", "environment", "dataloader", "miopen_bypass")
 _ABSENT = object()
+_MOST_DETAILS = 100
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,14 @@ class Ledger:
         self._refused.pop(patch, None)
         self._applied[patch] = _Applied(arguments, entry, list(undo))
         return entry
+
+    def note(self, patch: str, line: str) -> None:
+        """Add to the details of a patch in force what it has done since, each thing once."""
+        with self.lock:
+            found = self._applied.get(patch)
+            if found is not None and line not in found.entry.details:
+                details = (*found.entry.details, line)[-_MOST_DETAILS:]
+                found.entry = dataclasses.replace(found.entry, details=details)
 
     def refuse(self, patch: str, why: str) -> Entry:
         """Enter a patch that was asked for and could not be applied."""
