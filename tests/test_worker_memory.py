@@ -186,6 +186,33 @@ def test_an_exchange_loses_no_write_of_another_thread():
     assert len(written) > 100 and array[written].all()
 
 
+OTHER_MALLOC = """
+import ctypes, gc, numpy, os, sys, torch, rocm_patch
+from torch.utils.data import DataLoader, Dataset
+rocm_patch.patch_dataloader(start_method='auto')
+class Large(Dataset):
+    def __init__(self): self.array = numpy.full(64 << 20, 7, 'u1')
+    def __len__(self): return 2
+    def __getitem__(self, i): return int(self.array.sum())
+dataset = Large()
+right = sum(map(int, DataLoader(dataset, num_workers=1))) == 2 * 7 << 26
+print(right, "rocm-patch-buffers" in open("/proc/self/maps").read())
+del dataset
+gc.collect()
+print(int(numpy.zeros(200 << 20, "u1").sum()))
+"""
+
+
+def test_memory_of_another_malloc_is_copied():
+    """jemalloc counts on zeroes in the pages of freed memory."""
+    library = next(Path("/usr/lib").glob("*/libjemalloc.so.2"), None)
+    if library is None:
+        pytest.skip("not on this machine: libjemalloc2")
+    assert python("-c", OTHER_MALLOC).stdout == "True True\n0\n"
+    assert python("-c", OTHER_MALLOC, LD_PRELOAD=str(library)).stdout == "True False\n0\n"
+    assert python("-c", OTHER_MALLOC, MALLOC_MMAP_THRESHOLD_="65536").stdout == "True False\n0\n"
+
+
 def test_memory_of_files_is_opened_again(auto, tmp_path):
     path = tmp_path / "data.bin"
     numpy.arange(8 * MIB, dtype="f4").tofile(path)

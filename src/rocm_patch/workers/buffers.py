@@ -8,6 +8,7 @@ the parent's own pages are exchanged for such a mapping too, at the same address
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import os
 import sys
@@ -19,7 +20,8 @@ from dataclasses import dataclass, field
 _PAGE = mmap.PAGESIZE
 # A buffer of this size is worth a page of its own outside the pickle.
 LEAST_BYTES = 1 << 16
-# From here on a second copy weighs more than the care that an exchange of pages takes.
+# From here on a second copy weighs more than the care that an exchange of pages takes; and glibc's malloc gives every
+# such block a mapping of its own (mallopt(3)), so that it never takes pages of a freed one for zeroes.
 _LEAST_EXCHANGED = 32 << 20
 _PIECE = 16 << 20
 _MAP_NORESERVE = 0x4000
@@ -98,7 +100,7 @@ class Snapshots:
         if before is not None and _is_unchanged(address, before):
             self.kept[key] = before
             return before
-        if may_exchange and nbytes >= _LEAST_EXCHANGED and _is_plain_memory(address, nbytes):
+        if may_exchange and nbytes >= _LEAST_EXCHANGED and _has_glibc_malloc() and _is_plain_memory(address, nbytes):
             arena = Arena()
             place = Place(arena, arena.take(nbytes, address), nbytes)
             if _exchange(address, place):
@@ -170,6 +172,18 @@ def _mappings(address: int, nbytes: int) -> list[_Mapping]:
             if start < address + nbytes and address < end:
                 found.append(_Mapping(start, end, permissions, int(offset, 16), int(inode)))
     return found
+
+
+@functools.cache
+def _has_glibc_malloc() -> bool:
+    """Whether memory comes from the C library. jemalloc, for one, drops the pages of freed memory and counts on
+    zeroes there (madvise(2), MADV_DONTNEED), and a mapping of a file has the file's bytes."""
+    in_use, libc = (ctypes.CDLL(name) for name in (None, "libc.so.6"))
+    address_in_use, address = (ctypes.cast(library.malloc, ctypes.c_void_p).value for library in (in_use, libc))
+    tuned = any(name.startswith("MALLOC_MMAP_") for name in os.environ) or "mmap_" in os.environ.get(
+        "GLIBC_TUNABLES", ""
+    )
+    return address_in_use == address and not tuned
 
 
 def _is_plain_memory(address: int, nbytes: int) -> bool:
