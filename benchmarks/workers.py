@@ -161,7 +161,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """What the rows say of ours, for each dataset and number of workers."""
     found = {(row["dataset"], row["workers"], row["way"]): row for row in rows}
     told = {}
-    for dataset, workers in sorted({key[:2] for key in found if key[1]}):
+    for dataset, workers in sorted({key[:2] for key in found if key[2] == WAYS[-1]}):
         fork, spawn, ours = (found[dataset, workers, way] for way in WAYS)
         told[f"{dataset}, {workers} workers"] = {
             "later: spawn / ours": spawn["later_s"] / ours["later_s"],
@@ -191,17 +191,19 @@ def main() -> None:
         parser.error("the JSON file to write is missing")
     from harness import about
 
-    with tempfile.TemporaryDirectory() as folder:
-        write_images(Path(folder), 64 if chosen.quick else 512, chosen.photos)
-        rows = list(measured(chosen, folder, 64 if chosen.quick else 1024))
-    options = [word for word in sys.argv[2:] if word != str(chosen.out)]
+    options = [word for word in sys.argv[1:] if word != str(chosen.out)]
     result = {
         **about(__file__, "cuda" if chosen.gpu else "cpu", *options),
         "cores": len(os.sched_getaffinity(0)),
-        "summary": summary(rows),
-        "rows": rows,
+        "summary": {},
+        "rows": [],
     }
-    chosen.out.write_text(json.dumps(result, indent=1) + "\n")
+    with tempfile.TemporaryDirectory() as folder:
+        write_images(Path(folder), 64 if chosen.quick else 512, chosen.photos)
+        for row in measured(chosen, folder, 64 if chosen.quick else 1024):
+            result["rows"].append(row)
+            result["summary"] = summary(result["rows"])
+            chosen.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result["summary"], indent=1))
 
 

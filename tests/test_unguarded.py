@@ -233,6 +233,7 @@ def test_what_a_forked_worker_would_have_of_the_programs_state(tmp_path):
             warnings.filterwarnings("ignore", "some text"); warnings.simplefilter("error", FutureWarning)
             logging.getLogger("mine").setLevel(logging.ERROR); logging.getLogger().setLevel(logging.DEBUG)
             sys.argv.append("added")
+            import gc; gc.disable(); gc.set_threshold(500, 5, 7)
             class State(Dataset):
                 def __len__(self): return 1
                 def __getitem__(self, i):
@@ -249,6 +250,7 @@ def test_what_a_forked_worker_would_have_of_the_programs_state(tmp_path):
                         "pil": [PIL.ImageFile.LOAD_TRUNCATED_IMAGES, PIL.Image.MAX_IMAGE_PIXELS],
                         "warnings": [str(entry[:3]) for entry in warnings.filters[:2]],
                         "log": [logging.getLogger("mine").level, logging.root.level], "argv": sys.argv[1:],
+                        "garbage": [gc.isenabled(), gc.get_threshold()],
                         "seeds": [int(torch.initial_seed()) % 1000, get_worker_info().seed % 1000],
                         "random": [__import__("random").random(), float(numpy.random.rand()), float(torch.rand(()))],
                     }, sort_keys=True, default=str)

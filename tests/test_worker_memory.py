@@ -213,6 +213,19 @@ def test_memory_of_another_malloc_is_copied():
     assert python("-c", OTHER_MALLOC, MALLOC_MMAP_THRESHOLD_="65536").stdout == "True False\n0\n"
 
 
+def test_what_was_copied_for_workers_goes_when_they_have_started(auto):
+    """At once: a garbage collector may not come by for many loaders."""
+    dataset = Calls(lambda d: d.array[0], array=numpy.ones(8 * MIB, "u1"))
+    gc.collect()
+    before = len(buffers._ARENAS)
+    gc.disable()
+    try:
+        iterator = iter(DataLoader(dataset, num_workers=1))
+        assert len(buffers._ARENAS) == before and int(next(iterator)) == 1
+    finally:
+        gc.enable()
+
+
 def test_memory_of_files_is_opened_again(auto, tmp_path):
     path = tmp_path / "data.bin"
     numpy.arange(8 * MIB, dtype="f4").tofile(path)

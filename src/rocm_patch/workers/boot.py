@@ -112,8 +112,10 @@ def preparation(name: str, *, with_main: bool) -> dict[str, Any]:
 
 # For `python -c`: takes these packages from where the parent's lie if this interpreter does not find them itself,
 # and nothing else from there. A launcher that came by pipx has them, and the program's Python may not.
+# Importing torch makes some hundred thousand objects that stay: a garbage collector only costs time until then.
 PROGRAM = """
-import sys
+import gc, sys
+gc.disable()
 sys.path[:] = {path!r}
 import importlib.util
 for name, folder in {packages!r}.items():

@@ -178,12 +178,14 @@ def _mappings(address: int, nbytes: int) -> list[_Mapping]:
 def _has_glibc_malloc() -> bool:
     """Whether memory comes from the C library. jemalloc, for one, drops the pages of freed memory and counts on
     zeroes there (madvise(2), MADV_DONTNEED), and a mapping of a file has the file's bytes."""
-    in_use, libc = (ctypes.CDLL(name) for name in (None, "libc.so.6"))
-    address_in_use, address = (ctypes.cast(library.malloc, ctypes.c_void_p).value for library in (in_use, libc))
+    # Not by malloc itself, whose address in Debian's Python, which is not position-independent, is the program's own.
+    in_use, libc = (
+        ctypes.cast(ctypes.CDLL(name).malloc_usable_size, ctypes.c_void_p).value for name in (None, "libc.so.6")
+    )
     tuned = any(name.startswith("MALLOC_MMAP_") for name in os.environ) or "mmap_" in os.environ.get(
         "GLIBC_TUNABLES", ""
     )
-    return address_in_use == address and not tuned
+    return in_use == libc and not tuned
 
 
 def _is_plain_memory(address: int, nbytes: int) -> bool:

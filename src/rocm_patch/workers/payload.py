@@ -9,6 +9,7 @@ import marshal
 import pickle
 import sys
 import types
+import weakref
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -98,7 +99,9 @@ class _StoragePickler(Pickler):
     """Puts large memory into arenas instead of the pickle, once for all workers."""
 
     def __init__(self, file: Any, payload: Payload, snapshots: Snapshots, *, main_by_value: bool) -> None:
-        super().__init__(file, main_by_value=main_by_value, buffer_callback=self._in_band)
+        # Weakly, or only the garbage collector would end this object, and with it the memory that the table holds.
+        in_band = weakref.WeakMethod(self._in_band)
+        super().__init__(file, main_by_value=main_by_value, buffer_callback=lambda buffer: in_band()(buffer))  # type: ignore[misc]
         self._payload = payload
         self._snapshots = snapshots
         self._index: dict[tuple[int, int], int] = {}

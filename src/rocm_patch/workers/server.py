@@ -55,8 +55,8 @@ def main(control: int, parent: int) -> None:
         sys.modules["PIL.Image"].preinit()  # imports the common formats, which the first image opened does otherwise
     from rocm_patch.workers import loop  # noqa: F401
 
-    gc.collect()
     gc.freeze()  # a worker's collections leave the pages of what was imported alone
+    gc.enable()
     _Server(socket.socket(fileno=control), parent).run()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import locale
 import logging
 import os
@@ -32,6 +33,7 @@ def captured(modules: set[str]) -> dict[str, Any]:
         "recursion": sys.getrecursionlimit(),
         "locale": locale.setlocale(locale.LC_ALL),
         "socket_timeout": socket.getdefaulttimeout(),
+        "garbage": (gc.isenabled(), gc.get_threshold()),
         "warnings": _plain_warnings(),
         "log": _log_levels(),
         "settings": _module_settings(modules),
@@ -89,6 +91,9 @@ def apply_settings(state: dict[str, Any]) -> None:
     cv2 = sys.modules.get("cv2")
     if cv2 is not None and "cv2_threads" in state:
         cv2.setNumThreads(state["cv2_threads"])
+    is_enabled, thresholds = state["garbage"]
+    gc.set_threshold(*thresholds)
+    (gc.enable if is_enabled else gc.disable)()
 
 
 _ABSENT = object()
