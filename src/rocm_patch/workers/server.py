@@ -21,7 +21,7 @@ from typing import Any
 from rocm_patch.workers import boot
 
 _MOST_FDS = 250  # SCM_RIGHTS takes 253
-_MOST_BYTES = 1 << 16
+_MOST_BYTES = 1 << 18  # a socket's buffer, socket(7)
 # What torch's loop imports in a worker where it is there, and what nearly every image dataset does.
 _PRELOADED = (
     "numpy", "numpy.random", "PIL.Image", "hmac", "torch.utils._device", "multiprocessing.queues",
