@@ -556,7 +556,7 @@ def test_a_script_that_sets_its_variables_too_late(tmp_path):
     )
     found = json.loads(doctor(str(script), "--json").stdout)["findings"]
     assert [f["check"] for f in found] == ["late_settings"] * 2
-    assert "line 4: HSA_OVERRIDE_GFX_VERSION" in found[0]["summary"] and f"run {script}" in found[0]["fix"]
+    assert "line 4: HSA_OVERRIDE_GFX_VERSION" in found[0]["summary"] and f"check {script}" in found[0]["fix"]
     script.write_text("import os\nos.environ['HSA_XNACK'] = '0'\nimport torch\n")
     assert "no variable too late" in doctor(str(script)).stdout
     script.write_text("import os, torch\nos.environ['PYTORCH_MIOPEN_SUGGEST_NHWC'] = '1'\n")

@@ -61,8 +61,9 @@ def _prepared(request: int, fds: Sequence[int]) -> Any:
             main_script.stand_in(**asked["main"])
         state.apply_to_libraries(taken)
         heading = asked["payload"]
-        shared, published = payload.load(heading, fds[: heading["fds"]])
+        shared, published, of_main = payload.load(heading, fds[: heading["fds"]])
         main_script.publish(published)
+        main_script.update(**of_main)
         state.apply_settings(taken)
         payload.INHERITED["process"] = list(fds[heading["fds"] :])
         unpickler = _ProcessUnpickler(io.BytesIO(asked["process"]))

@@ -21,6 +21,7 @@ import cloudpickle
 
 from rocm_patch.workers import main_script
 from rocm_patch.workers.buffers import LEAST_BYTES, Arena, MappedArenas, Place, Snapshots
+from rocm_patch.workers.state import is_data
 
 _PROTOCOL = 5
 
@@ -45,6 +46,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     Attributes:
         modules: names of the modules that the worker will need.
         published: what main defines and travels by value, by its name there.
+        referenced: what main defines and travels by reference, likewise.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         self._main_by_value = main_by_value
         self.modules: set[str] = set()
         self.published: dict[str, Any] = {}
+        self.referenced: dict[str, Any] = {}
         self.globals_ref[id(vars(self._main))] = _MainNamespace(__name__="__main__")
 
     def reducer_override(self, obj: Any) -> Any:
@@ -78,6 +81,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             self.modules.add(module)
         if is_definition and module == "__main__":
             if not self._main_by_value and main_script.defines(self._main, obj):
+                self.referenced[obj.__qualname__] = obj
                 return obj.__qualname__  # by reference, as pickle has it
             if main_script.defines(self._main, obj):
                 self.published[obj.__qualname__] = obj
@@ -178,6 +182,7 @@ class Payload:
         with handing_descriptors_to(collector):
             pickler.dump(list(objects))
             pickler.dump(dict(pickler.published))
+            pickler.dump(_of_main(pickler.referenced))
         snapshots.keep_only(pickler.used)
         data = stream.getbuffer()
         offset = self.loose.take(len(data))
@@ -197,6 +202,50 @@ class Payload:
             "out_of_band": pickler.out_of_band,
             "fds": len(self.fds),
         }
+
+
+class _Trial(Pickler):
+    """Pickles into nothing, and leaves memory where it is."""
+
+    def __init__(self, referenced: dict[str, Any]) -> None:
+        super().__init__(io.BytesIO(), main_by_value=False, buffer_callback=lambda _: None)
+        self.referenced = referenced
+
+    def reducer_override(self, obj: Any) -> Any:
+        if type(obj) is _untyped_storage_class():
+            return int, ()
+        return super().reducer_override(obj)
+
+
+def _of_main(referenced: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a main script that workers import again has set since: the arguments of `main_script.update`.
+
+    Args:
+        referenced: the definitions of main that have been pickled. Their globals count, and those of what these are.
+    """
+    main = sys.modules["__main__"]
+    found = dict(referenced)
+    values: dict[str, Any] = {}
+    missing: dict[str, str] = {}
+    attributes: dict[str, dict[str, Any]] = {}
+    seen: set[str] = set()
+    while found.keys() - seen:
+        for qualified_name in found.keys() - seen:
+            seen.add(qualified_name)
+            definition = found[qualified_name]
+            if isinstance(definition, type):
+                own = {name: value for name, value in vars(definition).items() if name[:2] != "__" and is_data(value)}
+                attributes.update({qualified_name: own} if own else {})
+            for name in main_script.globals_used_by(definition) - values.keys() - missing.keys():
+                value = vars(main)[name]
+                try:
+                    _Trial(found).dump(value)
+                except Exception as error:  # noqa: BLE001  (an object's own code may raise anything)
+                    missing[name] = f"{type(error).__name__}: {error}"
+                else:
+                    if not (isinstance(value, (type, types.FunctionType)) and main_script.defines(main, value)):
+                        values[name] = value
+    return {"values": values, "attributes": attributes, "missing": missing}
 
 
 @contextmanager
@@ -259,8 +308,8 @@ class _Loading:
 _loading: _Loading | None = None
 
 
-def load(heading: dict[str, Any], fds: Sequence[int]) -> tuple[list[Any], dict[str, Any]]:
-    """In a worker: the objects, and what main defines by name."""
+def load(heading: dict[str, Any], fds: Sequence[int]) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:
+    """In a worker: the objects; what main defines, by name; the arguments of `main_script.update`."""
     global _loading
     arenas = MappedArenas(list(fds[: heading["arenas"]]))
     INHERITED["payload"] = list(fds[heading["arenas"] :])
@@ -274,9 +323,10 @@ def load(heading: dict[str, Any], fds: Sequence[int]) -> tuple[list[Any], dict[s
         unpickler = pickle.Unpickler(io.BytesIO(arenas.view(0, offset, nbytes)), buffers=buffers)
         objects = unpickler.load()
         published = unpickler.load()
+        of_main = unpickler.load()
     finally:
         _loading = None
-    return objects, published
+    return objects, published, of_main
 
 
 def _storage_at(index: int) -> Any:

@@ -142,7 +142,7 @@ def _module_settings(modules: set[str]) -> dict[str, dict[str, Any]]:
         if not isinstance(module, types.ModuleType) or name in ("__main__", "__mp_main__"):
             continue
         if installed.is_users(name):
-            settings = {key: value for key, value in vars(module).items() if key[:2] != "__" and _is_data(value)}
+            settings = {key: value for key, value in vars(module).items() if key[:2] != "__" and is_data(value)}
         elif name in modules and not installed.is_standard(name):
             settings = {key: value for key, value in vars(module).items() if key[:1] != "_" and type(value) in _DATA}
         else:
@@ -152,13 +152,14 @@ def _module_settings(modules: set[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _is_data(value: Any, depth: int = 0) -> bool:
+def is_data(value: Any, depth: int = 0) -> bool:
+    """Whether a value is a number, a text or the like, or a container of nothing else."""
     if type(value) in _DATA:
         return True
     if type(value) not in _CONTAINERS or depth > 4 or len(value) > 10_000:
         return False
     parts = [*value.keys(), *value.values()] if isinstance(value, dict) else value
-    return all(_is_data(part, depth + 1) for part in parts)
+    return all(is_data(part, depth + 1) for part in parts)
 
 
 def _of_torch(torch: Any) -> dict[str, Any]:

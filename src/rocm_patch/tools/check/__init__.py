@@ -6,22 +6,25 @@ which order it does things, `loaders` which of its loaders have workers; `rules`
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import io
 import re
+import shlex
 import tokenize
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rocm_patch.errors import UsageError
 from rocm_patch.tools.check import files
 from rocm_patch.tools.check.files import Source, UnreadableError
 from rocm_patch.tools.check.finding import Finding, Script
-from rocm_patch.tools.check.rules import RULES
+from rocm_patch.tools.check.rules import RULE_NAMES, RULES
 
 SCHEMA_VERSION = 1
-_IGNORE = re.compile(r"#\s*rocm-patch:\s*ignore(?:\[([^\]]*)\])?")
+_IGNORE = re.compile(r"rocm-patch:\s*ignore(?:\[([^\]]*)\])?")
 
 
 @dataclass(frozen=True)
@@ -41,29 +44,33 @@ def check(paths: Iterable[Path]) -> Result:
     """Check scripts, notebooks, and all of them in folders.
 
     Raises:
-        UsageError: a path does not exist.
+        UsageError: a path does not exist, or there is nothing to check.
     """
     found: list[Finding] = []
     count = 0
-    for path in list(files.find(paths)):
+    asked = list(paths)
+    for path in list(files.find(asked)):
         count += 1
         found += check_file(path)
+    if not count:
+        raise UsageError(
+            f"there is no script or notebook in {', '.join(map(str, asked))}", "rocm-patch check train.py"
+        )
     return Result(tuple(found), count)
 
 
 def check_file(path: Path) -> list[Finding]:
     """What is wrong in one script or notebook, in the order of its lines."""
-    is_notebook = path.suffix == ".ipynb"
     try:
         source = files.read(path)
-        script = Script(str(path), source.tree, is_notebook)
+        script = Script(str(path), source)
         found = {finding for rule in RULES for finding in rule(script)}
     except UnreadableError as error:
         return [_unreadable(path, error)]
     except RecursionError:
         return [_unreadable(path, UnreadableError(files.TOO_DEEP))]
-    silenced = _silenced(source)
-    loud = [finding for finding in found if not silenced.get(finding.line, frozenset()) & {finding.rule, "*"}]
+    silenced, odd = _silenced(source, path)
+    loud = [finding for finding in found if not silenced.get(finding.line, set()) & {finding.rule, "*"}] + odd
     return [_placed(source, finding) for finding in sorted(loud, key=lambda f: (f.line, f.column, f.rule, f.summary))]
 
 
@@ -80,25 +87,50 @@ def _unreadable(path: Path, error: UnreadableError) -> Finding:
         "unreadable",
         error.reason,
         "nothing else of it was checked",
-        "open it in Jupyter" if path.suffix == ".ipynb" else f"python -m py_compile {path}",
+        "open it in Jupyter" if path.suffix == ".ipynb" else f"python -m py_compile {shlex.quote(str(path))}",
         error.cell,
     )
 
 
-def _silenced(source: Source) -> dict[int, frozenset[str]]:
-    """The rules that comments switch off, by line; `*` for all."""
+def _silenced(source: Source, path: Path) -> tuple[dict[int, set[str]], list[Finding]]:
+    """The rules that comments switch off, by line, `*` for all; and comments that name no rule.
+
+    A comment counts for the statement that it stands in, or before where it has a line of its own.
+    """
+    found: dict[int, set[str]] = {}
+    odd: list[Finding] = []
     if "rocm-patch:" not in source.text:
-        return {}
-    found: dict[int, frozenset[str]] = {}
+        return found, odd
+    statements = [node for node in ast.walk(source.tree) if isinstance(node, ast.stmt) and not hasattr(node, "body")]
+    extents = {line: node for node in statements for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)}
+    for token in _comments(source.text):
+        match = _IGNORE.search(token.string)
+        if match is None:
+            continue
+        names = {name.strip() for name in (match[1] or "*").split(",")}
+        line = token.start[0] + (1 if token.line.lstrip().startswith("#") else 0)
+        node = extents.get(line)
+        covered = range(line, line + 1) if node is None else range(node.lineno, (node.end_lineno or line) + 1)
+        for number in covered:
+            found.setdefault(number, set()).update(names)
+        for name in sorted(names - {"*", *RULE_NAMES}):
+            odd.append(
+                Finding(
+                    str(path), token.start[0], token.start[1] + 1, "unknown-rule",
+                    f"there is no rule {name!r}", "the comment switches nothing off",
+                    f"one of {', '.join(RULE_NAMES)}",
+                )
+            )  # fmt: skip
+    return found, odd
+
+
+def _comments(text: str) -> Iterator[tokenize.TokenInfo]:
     try:
-        for token in tokenize.generate_tokens(io.StringIO(source.text).readline):
-            match = _IGNORE.search(token.string) if token.type == tokenize.COMMENT else None
-            if match:
-                rules = (match[1] or "*").split(",")
-                found[token.start[0]] = frozenset(rule.strip() for rule in rules)
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if token.type == tokenize.COMMENT:
+                yield token
     except (tokenize.TokenError, SyntaxError):  # what was read up to here counts
-        pass
-    return found
+        return
 
 
 def document(result: Result) -> dict[str, Any]:

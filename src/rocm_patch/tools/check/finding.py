@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+from rocm_patch.tools.check.files import Source
 from rocm_patch.tools.check.flow import Step, steps
 from rocm_patch.tools.check.loaders import Loaders
 from rocm_patch.tools.check.names import Names
@@ -41,15 +43,25 @@ class Script:
     """A parsed script, and what the rules ask about it.
 
     Args:
-        path: the file, for remedies.
-        tree: the code.
+        path: the file.
+        source: its code.
+
+    Attributes:
+        program: the file, as a shell takes it.
         is_notebook: whether it is a notebook's: no process can import it.
     """
 
-    def __init__(self, path: str, tree: ast.Module, is_notebook: bool = False) -> None:
+    def __init__(self, path: str, source: Source) -> None:
         self.path = path
-        self.is_notebook = is_notebook
-        self.names = Names(tree)
+        self.program = shlex.quote(path)
+        self.is_notebook = source.cells is not None
+        self.names = Names(source.tree)
+        self._source = source
+
+    def at(self, line: int) -> str:
+        """A line of the code in words, as the reader of the file counts."""
+        number, cell = self._source.place(line)
+        return f"line {number}" if cell is None else f"cell {cell}, line {number}"
 
     @cached_property
     def steps(self) -> list[Step]:

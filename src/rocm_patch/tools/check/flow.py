@@ -80,11 +80,14 @@ class _Walk:
         yield from self._all(list(node.orelse), line, guarded or guards == "else", depth)
 
     def _called(self, call: ast.Call, line: int, guarded: bool, depth: int) -> Iterator[Step]:
-        functions = [self.names.definition(call.func)]
-        if self.names.dotted(call.func) in _CALLERS and call.args:
+        called = self.names.dotted(call.func)
+        found = self.names.definition(call.func)
+        functions: list[ast.AST | None] = [found]
+        if called in _CALLERS and call.args:
             functions = [self.names.definition(call.args[0])]
-        found = functions[0]
-        if isinstance(found, ast.ClassDef):
+        elif called == "threading.Thread":
+            functions = [self.names.definition(part) for part in self.names.keyword(call, "target")]
+        elif isinstance(found, ast.ClassDef):
             functions = [self.names.method(found, name) for name in ("__init__", "__post_init__")]
         elif found is None:
             functions = [
@@ -92,10 +95,26 @@ class _Walk:
                 for owner in self._instance(call.func)
                 for name in ("__call__", "forward")
             ]
+            functions += self._commands(call.func)
         for function in functions:
             if isinstance(function, _FUNCTIONS) and (function, guarded) not in self._seen and depth < _DEEPEST:
                 self._seen.add((function, guarded))
                 yield from self._body(function, line, guarded, depth + 1)
+
+    def _commands(self, app: ast.expr) -> list[ast.AST]:
+        """The commands of a typer application that is called."""
+        if not isinstance(app, ast.Name) or not any(
+            isinstance(value, ast.Call) and self.names.dotted(value.func) == "typer.Typer"
+            for value in self.names.values(app)
+        ):
+            return []
+        return [
+            node
+            for node in self.names.tree.body
+            for mark in (node.decorator_list if isinstance(node, _FUNCTIONS) else [])
+            for part in [mark.func if isinstance(mark, ast.Call) else mark]
+            if isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name) and part.value.id == app.id
+        ]
 
     def _instance(self, node: ast.AST) -> Iterator[ast.ClassDef]:
         for value in self.names.values(node):

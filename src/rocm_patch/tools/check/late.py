@@ -26,9 +26,8 @@ _OURS = ("patches", "rocm_patch")
 _OURS_WITH_TORCH = ("Safe", "patch_model", "unpatch_model", "model_report", "patch_torch_nn", "restore_torch_nn")
 # Variables of the GPU libraries that the catalog has no row for begin so.
 _PREFIXES = ("HSA_", "MIOPEN_", "HIP_", "ROCR_", "ROC_", "HSAKMT_", "AMD_", "GPU_MAX_", "ROCBLAS_", "HIPBLASLT_",
-             "RCCL_", "PYTORCH_", "TORCH_ROCM_")  # fmt: skip
-# Those of them that are read whenever they are needed.
-_READ_LATE = ("PYTORCH_NVML_BASED_CUDA_CHECK", "PYTORCH_KERNEL_CACHE_PATH", "PYTORCH_TEST_WITH_SLOW")
+             "RCCL_", "PYTORCH_HIP_", "PYTORCH_CUDA_", "PYTORCH_ALLOC_", "PYTORCH_ROCM_", "PYTORCH_TUNABLEOP_",
+             "TORCH_ROCM_")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,14 @@ class Late:
     known: Variable | None = None
 
 
+def readers(entry: Late) -> str:
+    """Who reads a variable, and how often, as the beginning of a sentence."""
+    if entry.known is None:
+        return "the GPU library that knows it reads it once,"
+    several = "," in entry.known.component or " and " in entry.known.component
+    return f"{entry.known.component} {'read' if several else 'reads'} it once,"
+
+
 def variables(steps: Sequence[Step], names: Names) -> Iterator[Late]:
     """Variables of ROCm, MIOpen or torch that a script sets after it imports torch."""
     for step, imported in after_torch(steps, names):
@@ -55,7 +62,7 @@ def variables(steps: Sequence[Step], names: Names) -> Iterator[Late]:
             known = catalog.variable(name)
             if known is not None and not known.read_late:
                 yield Late(node, name, imported, known)
-            elif known is None and name.startswith(_PREFIXES) and name not in _READ_LATE:
+            elif known is None and name.startswith(_PREFIXES):
                 yield Late(node, name, imported)
 
 

@@ -94,8 +94,22 @@ class Loaders:
         return found
 
     def _has_workers(self, call: ast.Call) -> bool:
-        return any(self._may_be_positive(value) for part in self.given(call, "num_workers") for value in
-                   self.names.values(part))  # fmt: skip
+        given = self.given(call, "num_workers")
+        own = self.names.definition(call.func)
+        if isinstance(own, ast.ClassDef):  # what its __init__ gives DataLoader's
+            parts = [node for node in ast.walk(own) if isinstance(node, ast.Call) and self._is_super(node)]
+            given += [part for node in parts for part in self.given(node, "num_workers")]
+        return any(self._may_be_positive(value) for part in given for value in self.names.values(part))
+
+    def loaders_of(self, node: ast.AST) -> list[ast.Call]:
+        """The loaders with workers that an object of the script's own class makes in `train_dataloader` and such."""
+        found = []
+        for value in self.names.values(node):
+            own = self.names.definition(value.func) if isinstance(value, ast.Call) else None
+            for method in own.body if isinstance(own, ast.ClassDef) else []:
+                if isinstance(method, ast.FunctionDef) and method.name.endswith("_dataloader"):
+                    found += [part for part in ast.walk(method) if part in self.with_workers]
+        return [call for call in found if isinstance(call, ast.Call)]
 
     def _may_be_positive(self, value: ast.AST) -> bool:
         if isinstance(value, ast.Constant):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from rocm_patch.tools.check import files, late
 from rocm_patch.tools.check.flow import steps
 from rocm_patch.tools.check.names import Names
@@ -34,13 +36,12 @@ def late_settings(text: str, name: str) -> list[Finding]:
 
 def _finding(entry: late.Late, name: str) -> Finding:
     line = getattr(entry.node, "lineno", 1)
-    reader = entry.known.component if entry.known else "the library that knows it"
     return Finding(
         "late_settings",
         "warning",
         f"{name}, line {line}: {entry.name} is set after torch is imported (line {entry.imported})",
-        f"{reader} reads it once, so it has no effect there; set it before "
-        "the import, or start the script by rocm-patch run",
-        f"rocm-patch run {name}",
+        f"{late.readers(entry)} when torch is imported or first uses the GPU, so it may have no effect there; set it "
+        "before the import, or in the shell",
+        f"rocm-patch check {shlex.quote(name)}",
         "; ".join(entry.known.sources[:2]) if entry.known else "",
     )

@@ -10,6 +10,9 @@ RULES: tuple[Rule, ...] = (
     start.missing_guard,
     start.fork_asked_for,
     pickling.lambda_to_loader,
+    pickling.handle_to_loader,
     touching.gpu_at_import,
+    touching.gpu_in_worker,
     versions.v1_api,
 )
+RULE_NAMES: tuple[str, ...] = (*(rule.__name__.replace("_", "-") for rule in RULES), "unreadable", "unknown-rule")

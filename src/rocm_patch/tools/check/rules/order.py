@@ -17,30 +17,42 @@ _HOMES = ("patches", "rocm_patch")
 
 def torch_before_environment(script: Script) -> Iterator[Finding]:
     """Variables that are set, and start methods that are chosen, after torch is imported."""
-    where = "in the first cell" if script.is_notebook else f"or start it by rocm-patch run {script.path}"
     for entry in late.variables(script.steps, script.names):
-        reader = entry.known.component if entry.known else "the GPU library that knows it"
+        imported = script.at(entry.imported)
+        by_shell = (
+            "" if script.is_notebook else f", or in the shell: {entry.name}=... rocm-patch run {script.program}"
+        )
         yield script.found(
             entry.node,
             _RULE,
-            f"{entry.name} is set after torch is imported (line {entry.imported})",
-            f"{reader} reads it once, when torch is imported or first uses the GPU, so it may have no effect here",
-            f"set it before line {entry.imported}, {where}",
+            f"{entry.name} is set after torch is imported ({imported})",
+            f"{late.readers(entry)} when torch is imported or first uses the GPU, so it may have no effect here",
+            f"set it before {imported}{by_shell}",
         )
-    for step, imported in late.after_torch(script.steps, script.names):
-        what = _chosen(script, step)
-        if what:
+    for step, line in late.after_torch(script.steps, script.names):
+        what, imported = _chosen(script, step), script.at(line)
+        if what == "set_start_method":
+            yield script.found(
+                step.node,
+                _RULE,
+                f"set_start_method() is called after torch is imported ({imported}), and not under the guard",
+                "what torch and other packages made in between keeps another start method, and a worker that imports "
+                "the file sets it once more: `context has already been set`",
+                'call it under `if __name__ == "__main__":`, or leave it out: under rocm-patch run loaders need none',
+            )
+        elif what:
+            by_run = "" if script.is_notebook else f", or take it out and start it by rocm-patch run {script.program}"
             late_for = (
                 "what torch and other packages made in between keeps another start method"
-                if what in ("set_start_method", "setup_multiprocessing")
+                if what == "setup_multiprocessing"
                 else "variables that are read when torch starts the GPU may have no effect any more"
             )
             yield script.found(
                 step.node,
                 _RULE,
-                f"{what}() is called after torch is imported (line {imported})",
+                f"{what}() is called after torch is imported ({imported})",
                 late_for,
-                f"call it before line {imported}, {where}",
+                f"call it before {imported}{by_run}",
             )
 
 

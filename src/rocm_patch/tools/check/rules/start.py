@@ -13,6 +13,7 @@ from rocm_patch.tools.check.scopes import last_part
 
 _GUARD = "missing-guard"
 _FORK = "fork-asked-for"
+_PROCESSES = "worker processes are started"
 # Calls that do not iterate over a loader that they are given.
 _LOOK_ONLY = frozenset(("len", "print", "isinstance", "type", "str", "repr", "id", "hasattr", "getattr", "setattr",
                         "append", "dict", "prepare", "setup_dataloaders", "prepare_data_loader", "info",
@@ -35,8 +36,8 @@ def missing_guard(script: Script) -> Iterator[Finding]:
                 f'{what} outside of `if __name__ == "__main__":`',
                 "a worker that does not come by fork imports the script again, and would do this again; Python stops "
                 "it: `DataLoader worker exited unexpectedly`, or `An attempt has been made to start a new process`",
-                'put it into a function and call that under `if __name__ == "__main__":`, or start the script by '
-                f"rocm-patch run {script.path}, which needs no guard for loaders",
+                'put it into a function and call that under `if __name__ == "__main__":`'
+                + ("" if what == _PROCESSES else f"; rocm-patch run {script.program} needs no guard for loaders"),
             )
             return
 
@@ -50,7 +51,7 @@ def _starts(script: Script, step: Step) -> str:
         used = loaders.loaders_in(node.value)
     elif isinstance(node, ast.Call):
         if loaders.starts_process(node):
-            return "worker processes are started"
+            return _PROCESSES
         if loaders.trains_with_workers(node):
             return "a training whose loaders have workers is started"
         used = _used_by(script, node)
@@ -74,7 +75,10 @@ def _used_by(script: Script, call: ast.Call) -> list[ast.Call]:
 
 def _handed(script: Script, call: ast.Call) -> list[ast.Call]:
     parts = [*call.args, *(keyword.value for keyword in call.keywords)]
-    return [loader for part in parts for loader in script.loaders.loaders_in(part)]
+    found = [loader for part in parts for loader in script.loaders.loaders_in(part)]
+    if last_part(call.func) in _RUNNERS:  # trainer.fit(module): Lightning asks the module for its loaders
+        found += [loader for part in parts for loader in script.loaders.loaders_of(part)]
+    return found
 
 
 def fork_asked_for(script: Script) -> Iterator[Finding]:
@@ -107,7 +111,7 @@ def fork_asked_for(script: Script) -> Iterator[Finding]:
                     _FORK,
                     f"{name or 'a call'}() is given the start method fork",
                     "a forked worker cannot use the GPU once its parent has: `Cannot re-initialize CUDA in forked "
-                    "subprocess`, or a hang; what a program asks for, rocm-patch leaves as it is",
+                    "subprocess`, or a hang; what a loader is given, rocm-patch leaves as it is",
                     'leave it out, or say "spawn"; workers that leave the GPU alone may keep it with '
                     f"`# rocm-patch: ignore[{_FORK}]`",
                 )

@@ -44,6 +44,45 @@ def gpu_at_import(script: Script) -> Iterator[Finding]:
                 )
 
 
+def gpu_in_worker(script: Script) -> Iterator[Finding]:
+    """What uses the GPU in the code that workers run: a dataset's items, collate_fn, worker_init_fn."""
+    by_run = "" if script.is_notebook else f"; rocm-patch run {script.program} gives loaders workers that may use it"
+    for where, function in _worker_code(script):
+        for node in ast.walk(function):
+            what = _touches(script, node) if isinstance(node, ast.Call) else ""
+            if what:
+                yield script.found(
+                    node,
+                    "gpu-in-worker",
+                    f"{what} in {where} uses the GPU in the workers of a DataLoader",
+                    "a forked worker cannot use the GPU once the program has: `Cannot re-initialize CUDA in forked "
+                    "subprocess`; others can, and take some hundred MiB of its memory each",
+                    f"make CPU tensors there, and move the batch in the training loop{by_run}",
+                )
+
+
+def _worker_code(script: Script) -> Iterator[tuple[str, ast.AST]]:
+    names = script.names
+    if not script.loaders.with_workers and script.loaders.calls:
+        return
+    datasets = [node for node in names.table.of if isinstance(node, ast.ClassDef) and _is_dataset(script, node)]
+    for call in script.loaders.with_workers:
+        for part in script.loaders.given(call, "dataset"):
+            for value in names.values(part):
+                own = names.definition(value.func) if isinstance(value, ast.Call) else None
+                if isinstance(own, ast.ClassDef) and own not in datasets:
+                    datasets.append(own)
+        for name in ("collate_fn", "worker_init_fn"):
+            for part in script.loaders.given(call, name):
+                for value in names.values(part):
+                    if isinstance(value, (ast.FunctionDef, ast.Lambda)):
+                        yield name, value
+    for owner in datasets:
+        for method in owner.body:
+            if isinstance(method, ast.FunctionDef) and method.name in ("__getitem__", "__getitems__", "__iter__"):
+                yield f"{owner.name}.{method.name}", method
+
+
 def _place(call: ast.Call) -> ast.AST:
     """Of a call over several lines where its name ends."""
     if isinstance(call.func, ast.Attribute) and call.func.end_lineno != call.lineno:
@@ -89,8 +128,10 @@ def _touches(script: Script, call: ast.Call) -> str:
 
 def _is_gpu(script: Script, node: ast.AST) -> bool:
     for value in script.names.values(node):
-        if isinstance(value, ast.Constant) and isinstance(value.value, str):
-            if value.value.split(":")[0] in ("cuda", "hip"):
+        if isinstance(value, ast.Constant):
+            if isinstance(value.value, str) and value.value.split(":")[0] in ("cuda", "hip"):
+                return True
+            if type(value.value) is int:  # the number of a GPU
                 return True
         elif isinstance(value, ast.Call) and script.names.dotted(value.func) in ("torch.device", "device"):
             if value is not node or value.args:

@@ -32,10 +32,10 @@ def v1_api(script: Script) -> Iterator[Finding]:
             imported[0],
             "v1-api",
             f"the layers of rocm-patch 1.0{beside}, with loaders that have workers",
-            "1.0 changes convolutions alone: workers are started as without it, and fail on the GPU; the variable "
-            "has no effect",
+            "1.0 changes convolutions alone: workers are started as without it, and fail on the GPU"
+            + ("; the variable has no effect" if by_hand else ""),
             "call enable_all_patches() under the guard before torch is imported, or take all of it out and start the "
-            f"script by rocm-patch run {script.path}",
+            f"script by rocm-patch run {script.program}",
         )
 
 
