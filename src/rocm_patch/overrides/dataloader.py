@@ -10,8 +10,11 @@ import functools
 import inspect
 import multiprocessing
 import numbers
+import random
 import resource
+import sys
 import weakref
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +84,9 @@ def install(start_method: str = "spawn", *, persistent: bool = True) -> Entry:
             replace(loader, "__init__", _supplying(loader.__init__, start_method, supplied)),
             replace(loader, "_get_iterator", _starting(loader._get_iterator, start_method)),
             replace(iterator, "_try_get_data", _watching(iterator._try_get_data)),
-            fork_server.of_this_process().stop,
+            # Of an iterator whose workers could not start: torch sets it when they have, and asks for it at the end.
+            replace(iterator, "_workers_status", defaultdict(bool)),
+            fork_server.of_this_process().retire,
         ]
         given = ", ".join(f"{name}={value!r}" for name, value in supplied.items())
         why = f"loaders with workers get {given}" if given else "loaders' workers come from a fork server"
@@ -199,23 +204,39 @@ def _started(loader: Any, original: Any, attempt: Attempt) -> Any:
         raise _CannotTravelError(str(found or f"{type(error).__name__}: {error}")) from error
     before = vars(loader)[_CONTEXT]
     vars(loader)[_CONTEXT] = context
+    drawn = _random_states(loader)
     try:
         try:
             iterator = original(loader)
         except RefusedError:
+            context.abandon()
+            _restore(drawn)
             iterator = original(loader)
     except CannotStartError as error:
+        context.abandon()
+        _restore(drawn)
         raise _CannotTravelError(str(error)) from error
     finally:
         vars(loader)[_CONTEXT] = before
         context.finished()
-    try:
-        context.wait_until_ready()
-    except CannotStartError as error:
-        iterator._shutdown_workers()
-        raise _CannotTravelError(str(error)) from error
     iterator._rocm_patch_oom_kills = death.oom_kills()
     return iterator
+
+
+def _random_states(loader: Any) -> list[tuple[Any, Any]]:
+    """What a loader's iterator draws from when it is made, each as the function that puts its state back."""
+    generators = [torch.default_generator, *([loader.generator] if loader.generator is not None else [])]
+    states: list[tuple[Any, Any]] = [(generator.set_state, generator.get_state()) for generator in generators]
+    states.append((random.setstate, random.getstate()))
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        states.append((numpy.random.set_state, numpy.random.get_state()))
+    return states
+
+
+def _restore(states: list[tuple[Any, Any]]) -> None:
+    for put_back, state in states:
+        put_back(state)
 
 
 # The exchanged buffers of datasets, by id while they live.

@@ -18,7 +18,7 @@ from typing import Any
 from rocm_patch.workers import main_script, payload, state
 
 # The descriptors that every worker gets, in this order; those of the payload and of the process object follow.
-STANDARD = ("request", "messages", "tracker", "parent", "stdout", "stderr")
+STANDARD = ("request", "modules", "messages", "tracker", "parent", "stdout", "stderr")
 _MOST_SAID = 3500  # bytes: a write to a pipe of up to 4096 is not mixed with another's
 
 
@@ -31,8 +31,10 @@ def say(fd: int, **message: Any) -> None:
 def serve(fds: Sequence[int]) -> int:
     """Become the worker that is asked for, and do its work; returns its exit code."""
     given = dict(zip(STANDARD, fds, strict=False))
-    os.dup2(given["stdout"], 1)
-    os.dup2(given["stderr"], 2)
+    for name, fd in (("stdout", 1), ("stderr", 2)):
+        os.dup2(given[name], fd)
+        os.set_inheritable(fd, True)  # which dup2 leaves alone where both are the same
+    os.close(given["modules"])
     resource_tracker._resource_tracker._fd = given["tracker"]  # type: ignore[attr-defined]
     try:
         worker = _prepared(given["request"], fds[len(STANDARD) :])
@@ -61,9 +63,9 @@ def _prepared(request: int, fds: Sequence[int]) -> Any:
             main_script.stand_in(**asked["main"])
         state.apply_to_libraries(taken)
         heading = asked["payload"]
-        shared, published, of_main = payload.load(heading, fds[: heading["fds"]])
+        shared, published, changes = payload.load(heading, fds[: heading["fds"]])
         main_script.publish(published)
-        main_script.update(**of_main)
+        changes.apply()
         state.apply_settings(taken)
         payload.INHERITED["process"] = list(fds[heading["fds"] :])
         unpickler = _ProcessUnpickler(io.BytesIO(asked["process"]))
@@ -85,16 +87,16 @@ class _ProcessUnpickler(pickle.Unpickler):
 def preparation(name: str, *, with_main: bool) -> dict[str, Any]:
     """What multiprocessing prepares a new process with, without settling Python's start method as it would."""
     current = process.current_process()
-    paths = [process.ORIGINAL_DIR if entry == "" else entry for entry in sys.path]  # type: ignore[attr-defined]
     data: dict[str, Any] = {
         "name": name,
         "authkey": bytes(current.authkey),  # as it is, it refuses to be pickled
         "log_to_stderr": util._log_to_stderr,  # type: ignore[attr-defined]
-        "sys_path": paths,
+        "sys_path": _import_path(),
         "sys_argv": sys.argv,
         "orig_dir": process.ORIGINAL_DIR,  # type: ignore[attr-defined]
-        "dir": str(Path.cwd()),
     }
+    with contextlib.suppress(FileNotFoundError):  # it has been deleted
+        data["dir"] = str(Path.cwd())
     if util._logger is not None:  # type: ignore[attr-defined]
         data["log_level"] = util._logger.getEffectiveLevel()  # type: ignore[attr-defined]
     method = multiprocessing.get_start_method(allow_none=True)
@@ -109,6 +111,12 @@ def preparation(name: str, *, with_main: bool) -> dict[str, Any]:
         elif path is not None:
             data["init_main_from_path"] = os.path.normpath(os.path.join(process.ORIGINAL_DIR or "", path))  # type: ignore[attr-defined]  # noqa: PTH118
     return data
+
+
+def _import_path() -> list[str]:
+    """sys.path for another process. Python's import looks at no other entries than strings."""
+    here = process.ORIGINAL_DIR  # type: ignore[attr-defined]
+    return [here if entry == "" else entry for entry in sys.path if isinstance(entry, str)]
 
 
 # For `python -c`: takes these packages from where the parent's lie if this interpreter does not find them itself,
@@ -141,8 +149,7 @@ def command(module: str, *arguments: Any) -> list[str]:
         package.__name__: os.path.dirname(os.path.abspath(str(package.__file__)))  # noqa: PTH100, PTH120
         for package in (rocm_patch, cloudpickle)
     }
-    path = [process.ORIGINAL_DIR if entry == "" else entry for entry in sys.path]  # type: ignore[attr-defined]
-    program = PROGRAM.format(path=path, packages=packages, module=module, arguments=arguments)
+    program = PROGRAM.format(path=_import_path(), packages=packages, module=module, arguments=arguments)
     flags = util._args_from_interpreter_flags()  # type: ignore[attr-defined]
     return [spawn.get_executable(), *flags, "-c", program]
 
@@ -151,7 +158,8 @@ def main(*fds: int) -> None:
     """In a new interpreter: the worker."""
 
     for fd in fds:
-        os.set_inheritable(fd, False)
+        if fd > 2:  # not the standard streams
+            os.set_inheritable(fd, False)
     code = serve(fds)
     util._flush_std_streams()  # type: ignore[attr-defined]
     os._exit(code)

@@ -11,11 +11,16 @@ import ctypes
 import functools
 import mmap
 import os
+import re
 import sys
+import threading
+import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+
+from rocm_patch.workers.descriptors import memory_file
 
 _PAGE = mmap.PAGESIZE
 # A buffer of this size is worth a page of its own outside the pickle.
@@ -24,6 +29,11 @@ LEAST_BYTES = 1 << 16
 # such block a mapping of its own (mallopt(3)), so that it never takes pages of a freed one for zeroes.
 _LEAST_EXCHANGED = 32 << 20
 _PIECE = 16 << 20
+# How long Python's lock is kept at a time, and not handed on for four times as long.
+_HOLD_SECONDS = 0.03
+_ONE_EXCHANGE = threading.Lock()
+_PRESENT, _SWAPPED, _OF_FILE = 0x80, 0x40, 0x20
+_PRESENT_OR_SWAPPED = _PRESENT | _SWAPPED
 _MAP_NORESERVE = 0x4000
 _MAP_FIXED = 0x10
 _PROT = mmap.PROT_READ | mmap.PROT_WRITE
@@ -32,6 +42,8 @@ _PROT = mmap.PROT_READ | mmap.PROT_WRITE
 _libc = ctypes.PyDLL(None, use_errno=True)
 _libc.pwrite.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64)
 _libc.pwrite.restype = ctypes.c_ssize_t
+_libc.pread.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64)
+_libc.pread.restype = ctypes.c_ssize_t
 _libc.mmap.argtypes = (
     ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64,
 )  # fmt: skip
@@ -43,7 +55,7 @@ class Arena:
     """Anonymous shared memory that grows; whoever has the descriptor can map it. Closed with its last reference."""
 
     def __init__(self) -> None:
-        self.fd = os.memfd_create("rocm-patch-buffers", os.MFD_CLOEXEC)
+        self.fd = memory_file("rocm-patch-buffers")
         self.inode = os.fstat(self.fd).st_ino
         self._size = 0
         _ARENAS.add(self)
@@ -129,32 +141,84 @@ def _exchange(address: int, place: Place) -> bool:
     first, end = _inner(address, place.nbytes)
     arena, offset = place.arena, place.offset
     arena.write(offset, address, first - address)
-    exchanged = True
-    for piece in range(first, end, _PIECE):
-        nbytes = min(_PIECE, end - piece)
-        at = offset + piece - address
-        with _one_thread():
-            arena.write(at, piece, nbytes)
-            if exchanged:
-                flags = mmap.MAP_PRIVATE | _MAP_FIXED | _MAP_NORESERVE
-                exchanged = _libc.mmap(piece, nbytes, _PROT, flags, arena.fd, at) != _MAP_FAILED
+    exchanged, size, piece = True, _PIECE, first
+    has_holes = not any(mapping.inode for mapping in mappings(first, end - first))
+    while piece < end:
+        with _pagemap() as pagemap, _one_thread() as until:
+            while piece < end and time.monotonic() < until:
+                nbytes = min(size, end - piece)
+                at = offset + piece - address
+                flags = _page_flags(pagemap, piece, nbytes) if has_holes else None
+                for start, stop in _touched(flags, nbytes):
+                    arena.write(at + start, piece + start, stop - start)
+                if time.monotonic() > until + _HOLD_SECONDS and size > _PAGE:
+                    size = max(size // 4, _PAGE)  # another thread may have been let in: once more, and quicker
+                    break
+                if exchanged:
+                    private = mmap.MAP_PRIVATE | _MAP_FIXED | _MAP_NORESERVE
+                    exchanged = _libc.mmap(piece, nbytes, _PROT, private, arena.fd, at) != _MAP_FAILED
+                piece += nbytes
     arena.write(offset + end - address, end, address + place.nbytes - end)
     return exchanged
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Python does not hand its lock on between the copy of a piece and the exchange of its pages."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(60)
+def _one_thread() -> Iterator[float]:
+    """Python does not hand its lock on between the copy of a piece and the exchange of its pages.
+
+    Yields:
+        when, by `time.monotonic()`, to begin no other piece.
+    """
+    with _ONE_EXCHANGE:
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(4 * _HOLD_SECONDS)
+        try:
+            # A thread that waits for the lock asks for it after the interval that held when it began to wait.
+            time.sleep(0)
+            yield time.monotonic() + _HOLD_SECONDS
+        finally:
+            sys.setswitchinterval(before)
+
+
+def _touched(flags: bytes | None, nbytes: int) -> Iterator[tuple[int, int]]:
+    """The parts of whole pages of anonymous memory that have been written to; the others are zeroes."""
+    if flags is None:
+        yield 0, nbytes
+        return
+    used = bytes(flag & _PRESENT_OR_SWAPPED for flag in flags)
+    for pages in re.finditer(rb"[^\0]+", used):
+        yield pages.start() * _PAGE, pages.end() * _PAGE
+
+
+def _page_flags(pagemap: int, address: int, nbytes: int) -> bytes | None:
+    """The highest byte of what the kernel says of each page, None where it does not; Python's lock is kept.
+
+    Bit 61 of 64: the page belongs to a file; 62: it is swapped out; 63: it is present. Documentation/admin-guide/mm/
+    pagemap.rst.
+    """
+    entries = ctypes.create_string_buffer(nbytes // _PAGE * 8)
+    got = _libc.pread(pagemap, entries, len(entries), address // _PAGE * 8)
+    return entries.raw[7::8] if got == len(entries) else None
+
+
+@contextmanager
+def _pagemap() -> Iterator[int]:
+    """The descriptor of this process's pagemap; -1 where there is none."""
     try:
-        yield
+        fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        yield -1
+        return
+    try:
+        yield fd
     finally:
-        sys.setswitchinterval(before)
+        os.close(fd)
 
 
 @dataclass(frozen=True)
-class _Mapping:
+class Mapping:
+    """A line of proc_pid_maps(5)."""
+
     start: int
     end: int
     permissions: str
@@ -162,7 +226,7 @@ class _Mapping:
     inode: int
 
 
-def _mappings(address: int, nbytes: int) -> list[_Mapping]:
+def mappings(address: int, nbytes: int) -> list[Mapping]:
     """The process's mappings (proc_pid_maps(5)) that a range touches."""
     found = []
     with open("/proc/self/maps", encoding="utf-8", errors="replace") as lines:
@@ -170,7 +234,7 @@ def _mappings(address: int, nbytes: int) -> list[_Mapping]:
             extent, permissions, offset, _, inode = line.split(maxsplit=5)[:5]
             start, end = (int(text, 16) for text in extent.split("-"))
             if start < address + nbytes and address < end:
-                found.append(_Mapping(start, end, permissions, int(offset, 16), int(inode)))
+                found.append(Mapping(start, end, permissions, int(offset, 16), int(inode)))
     return found
 
 
@@ -194,43 +258,30 @@ def _is_plain_memory(address: int, nbytes: int) -> bool:
     Memory that a driver has pinned must keep its pages: the caller asks torch about that.
     """
     first, end = _inner(address, nbytes)
-    found = _mappings(first, end - first)
+    found = mappings(first, end - first)
     whole = bool(found) and found[0].start <= first and found[-1].end >= end
     return whole and all(one.permissions == "rw-p" and (one.inode == 0 or _is_arena(one)) for one in found)
 
 
-def _is_arena(mapping: _Mapping) -> bool:
+def _is_arena(mapping: Mapping) -> bool:
     return any(arena.inode == mapping.inode for arena in _ARENAS)
 
 
 def _is_unchanged(address: int, place: Place) -> bool:
     """Whether a buffer that was exchanged still has the arena's pages and none of its own.
 
-    The kernel says of each page whether it belongs to a file (bit 61), and whether it is present (63) or swapped out
-    (62): a page that was written to has become the process's own. Documentation/admin-guide/mm/pagemap.rst.
+    A page that was written to has become the process's own, and no longer belongs to the file.
     """
     first, end = _inner(address, place.nbytes)
-    for mapping in _mappings(first, end - first):
+    for mapping in mappings(first, end - first):
         start = max(first, mapping.start)
         at = place.offset + start - address
         if mapping.inode != place.arena.inode or mapping.offset + start - mapping.start != at:
             return False
-    try:
-        with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
-            pagemap.seek(first // _PAGE * 8)
-            wanted = (end - first) // _PAGE * 8
-            entries = bytearray()
-            while len(entries) < wanted:
-                got = pagemap.read(wanted - len(entries))
-                if not got:
-                    return False
-                entries += got
-    except OSError:
+    with _pagemap() as pagemap:
+        flags = _page_flags(pagemap, first, end - first)
+    if flags is None or any(flag & _SWAPPED or flag & (_PRESENT | _OF_FILE) == _PRESENT for flag in set(flags)):
         return False
-    for flags in set(entries[7::8]):
-        present, swapped, is_files = flags & 0x80, flags & 0x40, flags & 0x20
-        if swapped or (present and not is_files):
-            return False
     edges = ((address, first), (end, address + place.nbytes))
     return all(
         os.pread(place.arena.fd, stop - start, place.offset + start - address)

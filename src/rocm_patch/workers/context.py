@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from multiprocessing import connection, popen_fork, process, resource_tracker, spawn, util
@@ -15,7 +16,9 @@ from typing import Any
 
 from rocm_patch.workers import boot, fork_server, installed, loop, state
 from rocm_patch.workers.buffers import Snapshots
-from rocm_patch.workers.payload import InheritedFd, Payload, Pickler, handing_descriptors_to
+from rocm_patch.workers.descriptors import memory_file
+from rocm_patch.workers.payload import InheritedFd, Payload
+from rocm_patch.workers.pickling import Pickler, Trial, handing_descriptors_to
 
 
 class CannotStartError(RuntimeError):
@@ -54,6 +57,8 @@ class Context(mp_context.BaseContext):
         self._snapshots = snapshots if snapshots is not None else Snapshots()
         self._payload: Payload | None = None
         self._once = loop.Once()
+        if method != "fork":
+            _tracker()  # before a queue's locks start it
 
     def payload(self) -> Payload:
         """The shared objects, pickled: once for all workers where that can be.
@@ -75,9 +80,8 @@ class Context(mp_context.BaseContext):
         Raises:
             Exception: whatever pickling it raises.
         """
-        pickler = Pickler(io.BytesIO(), main_by_value=self.main_by_value, buffer_callback=lambda _: None)
         with handing_descriptors_to(_Nobody()):
-            pickler.dump(obj)
+            Trial(main_by_value=self.main_by_value).dump(obj)
 
     def prepare(self) -> None:
         """Pickle the shared objects now, before anything is started."""
@@ -85,9 +89,17 @@ class Context(mp_context.BaseContext):
             self._payload = self.payload()
 
     def finished(self) -> None:
-        """All workers have been started: what was made for them can go."""
+        """All workers have been started: what was made for them can go, at once and not when a cycle is collected."""
         self._payload = None
         self.shared = []
+        self.started = []
+        self._snapshots = Snapshots()
+
+    def abandon(self) -> None:
+        """End the workers that have been started: another could not be."""
+        for popen in self.started:
+            popen.terminate()
+        self.started = []
 
     def Process(self, *, target: Callable[..., Any], args: Sequence[Any] = ()) -> Any:
         """A process that runs torch's loop, started in this context's way."""
@@ -97,15 +109,6 @@ class Context(mp_context.BaseContext):
         made = Worker(target=loop.worker_loop, args=surrounded)
         made.context = self
         return made
-
-    def wait_until_ready(self) -> None:
-        """Come back when every worker has loaded what it was given.
-
-        Raises:
-            CannotStartError: one of them could not.
-        """
-        for popen in self.started:
-            popen.wait_until_ready()
 
 
 class _Nobody:
@@ -163,9 +166,10 @@ class Popen(popen_fork.Popen):
     def __init__(self, process_obj: Worker, context: Context) -> None:
         self._is_spawned = context.get_start_method() == "spawn"
         self.peak_bytes: int | None = None
+        self._owner = os.getpid()
         self._fds: list[int] = []
         self._said = b""
-        self._context = context
+        self._context: Context | None = context
         super().__init__(process_obj)
 
     def duplicate_for_child(self, fd: int) -> int:
@@ -181,6 +185,7 @@ class Popen(popen_fork.Popen):
     def _launch(self, process_obj: Worker) -> None:
         spawn._check_not_importing_main()  # type: ignore[attr-defined]
         context = self._context
+        assert context is not None
         payload = context.payload()
         stream = io.BytesIO()
         pickler = _ProcessPickler(stream, context.shared, main_by_value=context.main_by_value)
@@ -188,33 +193,38 @@ class Popen(popen_fork.Popen):
             pickler.dump(process_obj)
         modules = payload.modules | pickler.modules | ({"__main__"} if not context.main_by_value else set())
         needed = installed.needed(modules)
-        request = _in_memory({
+        unsafe = fork_server.of_this_process().unsafe
+        modules_fd = _in_memory(json.dumps([name for name in needed if name not in unsafe]).encode())
+        request = _in_memory(pickle.dumps({
             "preparation": boot.preparation(process_obj.name, with_main=not context.main_by_value),
             "main": {"path": getattr(sys.modules["__main__"], "__file__", None)} if context.main_by_value else None,
             "state": state.captured(set(needed)),
             "payload": payload.heading,
             "process": stream.getvalue(),
-        })  # fmt: skip
+        }))  # fmt: skip
         self._messages, messages_w = os.pipe2(os.O_CLOEXEC)
         self.sentinel, sentinel_w = os.pipe2(os.O_CLOEXEC)
         self.finalizer = util.Finalize(self, util.close_fds, (self._messages, self.sentinel))  # type: ignore[attr-defined]
-        tracker: Any = resource_tracker.getfd
-        own = [request, messages_w, tracker(), _alive_descriptor(), *_standard_streams()]
+        own = [request, modules_fd, messages_w, _tracker(), _alive_descriptor(), *_standard_streams()]
         fds = [*own, *payload.fds, *self._fds]
         try:
             if self._is_spawned:
                 command = [os.fsencode(word) for word in boot.command("boot", *fds)]
-                self.pid = util.spawnv_passfds(command[0], command, [*fds, sentinel_w])
+                self.pid = util.spawnv_passfds(command[0], command, sorted({*fds, sentinel_w}))
             else:
-                fork_server.of_this_process().fork([sentinel_w, *fds], needed, context.workers)
+                fork_server.of_this_process().fork([sentinel_w, *fds], context.workers)
         except fork_server.NoServerError as error:
             raise CannotStartError(str(error)) from error
         finally:
-            for fd in (request, messages_w, sentinel_w):
+            for fd in (request, modules_fd, messages_w, sentinel_w):
                 os.close(fd)
         if not self._is_spawned:
             self.pid = self._forked(needed)
         context.started.append(self)
+        self._context = None
+        if len(context.started) == context.workers:  # before anything is drawn from the sampler
+            for popen in context.started:
+                popen.wait_until_ready()
 
     def _forked(self, modules: Sequence[str]) -> int:
         """The process id, when the server has forked."""
@@ -223,7 +233,7 @@ class Popen(popen_fork.Popen):
             fork_server.of_this_process().avoid(modules)
             raise RefusedError(f"an import in the fork server opened {message['refused']}")
         if "pid" not in message:
-            raise CannotStartError("the fork server ended")
+            raise CannotStartError(message.get("failed", "the fork server ended"))
         return int(message["pid"])
 
     def wait_until_ready(self) -> None:
@@ -264,6 +274,11 @@ class Popen(popen_fork.Popen):
                 self.returncode = 255
         return self.returncode
 
+    def _send_signal(self, sig: int) -> None:
+        # A child that the program forks has this object too, and multiprocessing ends workers when it exits.
+        if self._owner == os.getpid():
+            super()._send_signal(sig)  # type: ignore[misc]
+
     def _reap_child(self) -> None:
         try:
             _, status, usage = os.wait4(self.pid, 0)
@@ -274,13 +289,23 @@ class Popen(popen_fork.Popen):
             self.peak_bytes = usage.ru_maxrss * 1024
 
 
-def _in_memory(request: dict[str, Any]) -> int:
-    """The descriptor of an anonymous file that holds a pickle."""
-    fd = os.memfd_create("rocm-patch-request", os.MFD_CLOEXEC)
+def _in_memory(data: bytes) -> int:
+    """The descriptor of an anonymous file that holds data."""
+    fd = memory_file("rocm-patch-request")
     with open(fd, "wb", closefd=False) as file:
-        pickle.dump(request, file, protocol=5)
+        file.write(data)
     os.lseek(fd, 0, os.SEEK_SET)
     return fd
+
+
+def _tracker() -> int:
+    """multiprocessing's tracker of semaphores, which a batch system's signals to all processes of a job would end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2})
+    try:
+        fd: Any = resource_tracker.getfd()
+        return int(fd)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _standard_streams() -> tuple[int, int]:

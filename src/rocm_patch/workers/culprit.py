@@ -13,6 +13,8 @@ from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
+from rocm_patch.workers.pickling import untyped_storage_class
+
 _DEEPEST = 30
 
 
@@ -35,8 +37,12 @@ class Culprit:
 
 
 def plainly(obj: Any) -> None:
-    """Pickle as multiprocessing does, into nothing. Raises what pickling raises."""
-    ForkingPickler(io.BytesIO(), 5).dump(obj)
+    """Pickle as multiprocessing does, into nothing, and leave memory where it is. Raises what pickling raises."""
+    pickler: Any = ForkingPickler(io.BytesIO(), 5)
+    storage_class = untyped_storage_class()
+    if storage_class is not None:
+        pickler.dispatch_table[storage_class] = lambda _: (int, ())  # of this pickler alone
+    pickler.dump(obj)
 
 
 def find(obj: Any, name: str, pickles: Callable[[Any], None] = plainly) -> Culprit | None:

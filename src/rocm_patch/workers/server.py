@@ -15,13 +15,12 @@ import selectors
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from rocm_patch.workers import boot
 
-_MOST_FDS = 250  # SCM_RIGHTS takes 253
-_MOST_BYTES = 1 << 18  # a socket's buffer, socket(7)
+MOST_FDS = 250  # SCM_RIGHTS takes 253
 # What torch's loop imports in a worker where it is there, and what nearly every image dataset does.
 _PRELOADED = (
     "numpy", "numpy.random", "PIL.Image", "hmac", "torch.utils._device", "multiprocessing.queues",
@@ -44,26 +43,43 @@ def main(control: int, parent: int) -> None:
 
     Args:
         control: the descriptor of a socket (SOCK_SEQPACKET) that requests come through.
-        parent: one (a pidfd) that is readable when the program has ended.
+        parent: one that is readable when the program has ended.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program
-
-    for name in _PRELOADED:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
-    if "PIL.Image" in sys.modules:
-        sys.modules["PIL.Image"].preinit()  # imports the common formats, which the first image opened does otherwise
-    from rocm_patch.workers import loop  # noqa: F401
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])  # what the program blocks, SIGCHLD perhaps, is blocked here
+    with _quiet():
+        for name in _PRELOADED:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
+        if "PIL.Image" in sys.modules:
+            sys.modules["PIL.Image"].preinit()  # imports the common formats, as the first image opened would
+        from rocm_patch.workers import loop  # noqa: F401
 
     gc.freeze()  # a worker's collections leave the pages of what was imported alone
     gc.enable()
     _Server(socket.socket(fileno=control), parent).run()
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What modules print when they are imported, they have printed in the program."""
+    before = os.dup(1)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.close(null)
+    try:
+        yield
+    finally:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        os.dup2(before, 1)
+        os.close(before)
+
+
 class _Server:
     def __init__(self, control: socket.socket, parent: int) -> None:
         self._control = control
         self._parent = parent
+        self._is_retired = False
         self._workers: dict[int, tuple[int, int]] = {}  # pid: messages, sentinel
         self._woken, wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._own = [self._woken, wake, parent]
@@ -75,34 +91,44 @@ class _Server:
         with selectors.DefaultSelector() as selector:
             for fd in (self._control, self._parent, self._woken):
                 selector.register(fd, selectors.EVENT_READ)
-            while True:
+            while not self._is_retired or self._workers:
                 ready = {key.fd for key, _ in selector.select()}
                 if self._woken in ready:
                     self._reap()
                 if self._parent in ready:
                     self._end()
                 if self._control.fileno() in ready:
-                    message, fds, *_ = socket.recv_fds(self._control, _MOST_BYTES, _MOST_FDS)
-                    if not message:
-                        self._end()
-                    self._fork(json.loads(message), fds, selector)
+                    message, fds, *_ = socket.recv_fds(self._control, 16, MOST_FDS, socket.MSG_CMSG_CLOEXEC)
+                    if message:
+                        self._fork(fds, selector)
+                    else:  # no more workers are wanted; those that there are go on
+                        self._is_retired = True
+                        selector.unregister(self._control)
 
-    def _fork(self, asked: dict[str, Any], fds: list[int], selector: selectors.BaseSelector) -> None:
+    def _fork(self, fds: list[int], selector: selectors.BaseSelector) -> None:
         sentinel, *given = fds
-        messages = given[boot.STANDARD.index("messages")]
-        for name in asked["modules"]:
-            if name not in sys.modules:
-                with contextlib.suppress(Exception):  # the worker meets the same error where it is somebody's
-                    importlib.import_module(name)
+        messages, modules = (given[boot.STANDARD.index(name)] for name in ("messages", "modules"))
+        with open(modules, "rb", closefd=False) as file, _quiet():
+            for name in json.load(file):
+                if name not in sys.modules:
+                    # Whatever it raises, the worker meets the same where it is somebody's.
+                    with contextlib.suppress(BaseException):
+                        importlib.import_module(name)
         touched = gpu_descriptors()
         if touched:
             boot.say(messages, refused=", ".join(touched))
             _close(fds)
             return
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:  # too many processes, no memory
+            boot.say(messages, failed=f"the fork server cannot fork: {error.strerror}")
+            _close(fds)
+            return
         if pid == 0:
             code = 1
             try:
+                boot.say(messages, pid=os.getpid())
                 signal.set_wakeup_fd(-1)
                 signal.signal(signal.SIGCHLD, self._before)
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -116,7 +142,6 @@ class _Server:
             finally:
                 boot.util._flush_std_streams()  # type: ignore[attr-defined]
                 os._exit(code)
-        boot.say(messages, pid=pid)
         self._workers[pid] = (messages, sentinel)
         _close([fd for fd in given if fd != messages])
 

@@ -7,6 +7,7 @@ import locale
 import logging
 import os
 import resource
+import signal
 import socket
 import sys
 import types
@@ -16,6 +17,8 @@ from typing import Any
 from rocm_patch.workers import installed
 
 _DATA = (bool, int, float, complex, str, bytes, type(None))
+_LIMITS = ("RLIMIT_NOFILE", "RLIMIT_AS", "RLIMIT_CORE", "RLIMIT_CPU", "RLIMIT_DATA", "RLIMIT_FSIZE", "RLIMIT_MEMLOCK",
+           "RLIMIT_NPROC", "RLIMIT_STACK")  # fmt: skip
 _CONTAINERS = (tuple, list, set, frozenset, dict)
 
 
@@ -29,7 +32,9 @@ def captured(modules: set[str]) -> dict[str, Any]:
         "environ": dict(os.environ),
         "umask": _umask(),
         "affinity": sorted(os.sched_getaffinity(0)),
-        "open_files": resource.getrlimit(resource.RLIMIT_NOFILE),
+        "limits": {name: resource.getrlimit(getattr(resource, name)) for name in _LIMITS},
+        "niceness": os.getpriority(os.PRIO_PROCESS, 0),
+        "blocked_signals": list(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
         "recursion": sys.getrecursionlimit(),
         "locale": locale.setlocale(locale.LC_ALL),
         "socket_timeout": socket.getdefaulttimeout(),
@@ -41,6 +46,9 @@ def captured(modules: set[str]) -> dict[str, Any]:
     torch = sys.modules.get("torch")
     if torch is not None:
         state["torch"] = _of_torch(torch)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        state["numpy_errors"] = numpy.geterr()
     cv2 = sys.modules.get("cv2")
     if cv2 is not None and hasattr(cv2, "getNumThreads"):
         state["cv2_threads"] = cv2.getNumThreads()
@@ -54,7 +62,12 @@ def apply_first(state: dict[str, Any]) -> None:
     if state["umask"] is not None:
         os.umask(state["umask"])
     os.sched_setaffinity(0, state["affinity"])
-    resource.setrlimit(resource.RLIMIT_NOFILE, state["open_files"])
+    for name, limits in state["limits"].items():
+        if resource.getrlimit(getattr(resource, name)) != limits:
+            resource.setrlimit(getattr(resource, name), limits)
+    if os.getpriority(os.PRIO_PROCESS, 0) != state["niceness"]:
+        os.setpriority(os.PRIO_PROCESS, 0, state["niceness"])
+    signal.pthread_sigmask(signal.SIG_SETMASK, state["blocked_signals"])
     sys.setrecursionlimit(state["recursion"])
     socket.setdefaulttimeout(state["socket_timeout"])
     try:
@@ -86,11 +99,16 @@ def apply_settings(state: dict[str, Any]) -> None:
         module = sys.modules.get(name)
         if module is not None:
             for key, value in settings.items():
-                if getattr(module, key, _ABSENT) != value:
+                here = getattr(module, key, _ABSENT)
+                if type(here) is not type(value) or here != value:
                     setattr(module, key, value)
     cv2 = sys.modules.get("cv2")
     if cv2 is not None and "cv2_threads" in state:
         cv2.setNumThreads(state["cv2_threads"])
+    if "numpy_errors" in state:
+        import numpy
+
+        numpy.seterr(**state["numpy_errors"])
     is_enabled, thresholds = state["garbage"]
     gc.set_threshold(*thresholds)
     (gc.enable if is_enabled else gc.disable)()
@@ -141,10 +159,11 @@ def _module_settings(modules: set[str]) -> dict[str, dict[str, Any]]:
     for name, module in list(sys.modules.items()):
         if not isinstance(module, types.ModuleType) or name in ("__main__", "__mp_main__"):
             continue
+        names = list(vars(module).items())  # at once: another thread may import
         if installed.is_users(name):
-            settings = {key: value for key, value in vars(module).items() if key[:2] != "__" and is_data(value)}
+            settings = {key: value for key, value in names if key[:2] != "__" and is_data(value)}
         elif name in modules and not installed.is_standard(name):
-            settings = {key: value for key, value in vars(module).items() if key[:1] != "_" and type(value) in _DATA}
+            settings = {key: value for key, value in names if key[:1] != "_" and type(value) in _DATA}
         else:
             continue
         if settings:

@@ -11,8 +11,11 @@ import dataclasses
 import io
 import re
 import shlex
+import sys
+import threading
 import tokenize
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,8 @@ from rocm_patch.tools.check.finding import Finding, Script
 from rocm_patch.tools.check.rules import RULE_NAMES, RULES
 
 SCHEMA_VERSION = 1
+_STACK_BYTES = 512 << 20  # of addresses, not of memory
+_DEPTH = 10_000
 _IGNORE = re.compile(r"rocm-patch:\s*ignore(?:\[([^\]]*)\])?")
 
 
@@ -46,17 +51,27 @@ def check(paths: Iterable[Path]) -> Result:
     Raises:
         UsageError: a path does not exist, or there is nothing to check.
     """
-    found: list[Finding] = []
-    count = 0
     asked = list(paths)
-    for path in list(files.find(asked)):
-        count += 1
-        found += check_file(path)
-    if not count:
+    scripts = list(files.find(asked))
+    if not scripts:
         raise UsageError(
             f"there is no script or notebook in {', '.join(map(str, asked))}", "rocm-patch check train.py"
         )
-    return Result(tuple(found), count)
+    return Result(
+        tuple(_with_room(lambda: [finding for path in scripts for finding in check_file(path)])), len(scripts)
+    )
+
+
+def _with_room(work: Callable[[], list[Finding]]) -> list[Finding]:
+    """Work in a thread whose stack is long enough for long chains of `a + b + ...` and of `elif`."""
+    stack, depth = threading.stack_size(_STACK_BYTES), sys.getrecursionlimit()
+    sys.setrecursionlimit(max(depth, _DEPTH))
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(work).result()
+    finally:
+        sys.setrecursionlimit(depth)
+        threading.stack_size(stack)
 
 
 def check_file(path: Path) -> list[Finding]:

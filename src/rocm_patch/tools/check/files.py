@@ -121,7 +121,7 @@ def parse(content: bytes) -> Source:
         tree = _tree(text)
     except SyntaxError as error:  # an unknown encoding is one too
         raise UnreadableError(f"it is not Python: {error.msg}", error.lineno or 1, error.offset or 1) from error
-    except ValueError as error:
+    except (ValueError, LookupError) as error:  # rot13 is an encoding, but not of text
         raise UnreadableError(f"it is not Python: {error}") from error
     except _TOO_DEEP as error:
         raise UnreadableError(TOO_DEEP) from error

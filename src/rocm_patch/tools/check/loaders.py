@@ -187,7 +187,7 @@ class Loaders:
 
 def is_torch_loader(name: str) -> bool:
     """Whether a full name is that of a DataLoader; a bare one comes from `import *`, or from outside a snippet."""
-    first, _, last = name.partition(".")[0], "", name.rpartition(".")[2]
+    first, last = name.split(".")[0], name.split(".")[-1]
     return last in ("DataLoader", "StatefulDataLoader") and (name == last or first in _LIBRARIES)
 
 

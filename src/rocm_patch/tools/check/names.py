@@ -28,6 +28,7 @@ class Names:
         self.table = scopes.read(tree)
         self._values: dict[ast.AST, list[ast.AST]] = {}
         self._dotted: dict[ast.AST, str] = {}
+        self._results: dict[Function, list[ast.expr]] = {}
         self._iterated: dict[ast.AST, list[ast.AST]] = {}
         self._definitions: dict[ast.AST, Definition | None] = {}
 
@@ -105,13 +106,18 @@ class Names:
             yield from self._inside(node)
         elif isinstance(node, ast.Call):
             function = self.definition(node.func)
-            returned = list(_returned(function)) if isinstance(function, _FUNCTIONS) else []
+            returned = self._returned(function) if isinstance(function, _FUNCTIONS) else []
             for part in returned:
                 yield from self.values(part)
             if not returned:
                 yield node
         else:
             yield node
+
+    def _returned(self, function: Function) -> list[ast.expr]:
+        if function not in self._results:
+            self._results[function] = list(_returns(function))
+        return self._results[function]
 
     def _bound_values(self, binding: Binding) -> Iterator[ast.AST]:
         if binding.kind == "definition":
@@ -287,24 +293,27 @@ class Names:
         found = [keyword.value for keyword in call.keywords if keyword.arg == name]
         for keyword in call.keywords:
             if keyword.arg is None:
-                found += self._in_options(keyword.value, name)
+                found += self._in_options(keyword.value, name, set())
         return found
 
-    def _in_options(self, options: ast.expr, name: str, depth: int = 0) -> list[ast.expr]:
+    def _in_options(self, options: ast.expr, name: str, seen: set[ast.AST]) -> list[ast.expr]:
         found: list[ast.expr] = []
+        if options in seen:
+            return found
+        seen.add(options)
         for value in self.values(options):
             if isinstance(value, ast.Dict):
                 for key, item in zip(value.keys, value.values, strict=True):
                     if isinstance(key, ast.Constant) and key.value == name:
                         found.append(item)
-                    elif key is None and depth < 5:  # {**others}
-                        found += self._in_options(item, name, depth + 1)
+                    elif key is None:  # {**others}
+                        found += self._in_options(item, name, seen)
             elif isinstance(value, ast.Call) and last_part(value.func) == "dict":
                 found += [keyword.value for keyword in value.keywords if keyword.arg == name]
         if isinstance(options, ast.Name):
             found += self.table.items.get((options.id, name), [])
-            for other in self.table.merged.get(options.id, []) if depth < 5 else []:
-                found += self._in_options(other, name, depth + 1)
+            for other in self.table.merged.get(options.id, []):
+                found += self._in_options(other, name, seen)
         return found
 
 
@@ -316,7 +325,7 @@ def argument(call: ast.Call, place: int, name: str) -> Iterator[ast.expr]:
     yield from (keyword.value for keyword in call.keywords if keyword.arg == name)
 
 
-def _returned(function: Function) -> Iterator[ast.expr]:
+def _returns(function: Function) -> Iterator[ast.expr]:
     waiting: list[ast.AST] = list(function.body)
     while waiting:
         node = waiting.pop(0)
