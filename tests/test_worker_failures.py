@@ -499,7 +499,7 @@ def test_what_became_of_each_loader_is_in_the_status(auto):
     served, forked, left = rocm_patch.patch_status()["dataloader"].details
     assert served.startswith(f"{over} come from the fork server")
     assert forked == f"{over} are forked, since dataset.lock: lock (_thread.lock)"
-    assert left == f"{over} start as the program asks"
+    assert left == f"{over} start by fork, as was asked for"
 
 
 class Parents(Dataset):

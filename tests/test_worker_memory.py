@@ -273,6 +273,7 @@ def test_memory_of_files_is_opened_again(auto, tmp_path):
     assert array[0, 0] == -7.0 and asked(dataset)[3] is False
 
 
+@pytest.mark.alone  # the machine's memory is looked at
 def test_memory_is_had_once(tmp_path):
     """256 MiB and four workers: what is added to the machine's memory is a part of that, not four times it."""
     script = tmp_path / "script.py"

@@ -127,7 +127,8 @@ def _starting(original: Any, start_method: str) -> Any:
         asked = vars(self)[_CONTEXT]
         attempts = list(_attempts(asked, start_method, is_ours=bool(vars(self).get(_OURS))))
         if not attempts:
-            LEDGER.note(PATCH, f"{_described(self)} start as the program asks")
+            method = asked.get_start_method() if asked is not None else multiprocessing.get_start_method()
+            LEDGER.note(PATCH, f"{_described(self)} start by {method}, as was asked for")
             return _naming_what_cannot_be_pickled(self, original)
         reasons: list[str] = []
         for attempt in attempts:
@@ -138,7 +139,7 @@ def _starting(original: Any, start_method: str) -> Any:
             except _CannotTravelError as error:
                 reasons.append(str(error))
             else:
-                because = f", since {reasons[-1].splitlines()[0]}" if reasons else ""
+                because = f", since {_first_line(reasons[-1])}" if reasons else ""
                 LEDGER.note(PATCH, f"{_described(self)} {attempt}{because}")
                 return iterator
         raise WorkerStartError(
@@ -302,6 +303,11 @@ def _allow_open_files() -> None:
     if soft != resource.RLIM_INFINITY and soft < min(wanted, _FEW_FILES):
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         LOGGER.debug("open files allowed: %d instead of %d, for batches that wait", wanted, soft)
+
+
+def _first_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
 
 
 def _described(loader: Any) -> str:
