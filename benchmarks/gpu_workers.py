@@ -92,7 +92,7 @@ def check_pinned_loaders() -> Mapping[str, Any]:
 def check_pinned_memory_keeps_its_pages() -> Mapping[str, Any]:
     """A dataset in pinned memory is copied, not exchanged; one beside it is exchanged; GPU copies stay right."""
     text = """
-        from rocm_patch.overrides import dataloader
+        from rocm_patch.overrides import loader_workers
         pinned = torch.ones(1 << 24).pin_memory()
         plain = torch.ones(1 << 24)
         class Both(Dataset):
@@ -102,7 +102,7 @@ def check_pinned_memory_keeps_its_pages() -> Mapping[str, Any]:
         dataset = Both()
         for n in range(1, 3):
             print(sum(map(float, DataLoader(dataset, batch_size=None, num_workers=2))) == 8 * 3 * n * (1 << 24))
-            (snapshots,) = dataloader._SNAPSHOTS.values()
+            (snapshots,) = loader_workers._SNAPSHOTS.values()
             print([place.nbytes == 1 << 26 for place in snapshots.kept.values()], pinned.is_pinned())
             on_gpu = pinned.cuda(non_blocking=True), plain.cuda(non_blocking=True)
             pinned.add_(1); plain.add_(1)

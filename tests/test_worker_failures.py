@@ -402,10 +402,10 @@ def test_the_fork_server_never_touches_the_gpu(auto, tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "opens_a_gpu.py").write_text(
         "import os\n"
-        f"opened = os.open({str(device)!r}, os.O_RDONLY)\n"
+        f"_opened = os.open({str(device)!r}, os.O_RDONLY)\n"  # a public number would travel to the worker
         "class Touching:\n"
         "    def __len__(self): return 2\n"
-        "    def __getitem__(self, i): return os.path.exists(f'/proc/self/fd/{opened}')\n"
+        "    def __getitem__(self, i): return os.path.exists(f'/proc/self/fd/{_opened}')\n"
     )
     monkeypatch.syspath_prepend(str(folder))
     try:
@@ -415,7 +415,7 @@ def test_the_fork_server_never_touches_the_gpu(auto, tmp_path, monkeypatch):
         running = fork_server.of_this_process()
         assert "opens_a_gpu" in running.unsafe and server.gpu_descriptors(running.pid) == []
         assert server.gpu_descriptors() == [str(device)]
-        os.close(opens_a_gpu.opened)
+        os.close(opens_a_gpu._opened)
     finally:
         device.unlink()
 
