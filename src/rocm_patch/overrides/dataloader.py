@@ -10,6 +10,7 @@ import functools
 import inspect
 import multiprocessing
 import numbers
+import os
 import resource
 from collections import defaultdict
 from typing import Any
@@ -62,6 +63,7 @@ def install(start_method: str = "spawn", *, persistent: bool = True) -> Entry:
             replace(loader, "__init__", _supplying(loader.__init__, start_method, supplied)),
             replace(loader, "_get_iterator", _starting(loader._get_iterator, start_method)),
             replace(iterator, "_try_get_data", _watching(iterator._try_get_data)),
+            replace(iterator, "_shutdown_workers", _in_its_own_process(iterator._shutdown_workers)),
             # Of an iterator whose workers could not start: torch sets it when they have, and asks for it at the end.
             replace(iterator, "_workers_status", defaultdict(bool)),
             fork_server.of_this_process().retire,
@@ -166,6 +168,20 @@ def _watching(original: Any) -> Any:
             raise RuntimeError(f"{error}\n{told}" if told else str(error)) from error
 
     return rocm_patch_try_get_data
+
+
+def _in_its_own_process(original: Any) -> Any:
+    """`_MultiProcessingDataLoaderIter._shutdown_workers` that leaves the workers of a process's parent alone.
+
+    A child that the program forks has the iterator too, and would tell the workers to end when it exits itself.
+    """
+
+    @functools.wraps(original)
+    def rocm_patch_shutdown_workers(self: Any) -> None:
+        if all(worker._parent_pid == os.getpid() for worker in getattr(self, "_workers", ())):
+            original(self)
+
+    return rocm_patch_shutdown_workers
 
 
 def _allow_open_files() -> None:

@@ -160,6 +160,8 @@ class Popen(popen_fork.Popen):
 
     def poll(self, flag: int = os.WNOHANG) -> int | None:
         """The exit code, None while it runs; waits for it unless told not to."""
+        if self._owner != os.getpid():  # a child that the program forks, which multiprocessing has wait at its exit
+            return 255
         if self.returncode is not None:
             return self.returncode
         if not connection.wait([self.sentinel], 0 if flag == os.WNOHANG else None):
