@@ -1,3 +1,4 @@
+import importlib.metadata
 import json
 import os
 import signal
@@ -19,6 +20,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# oneDNN 2.6, which Debian's torch 1.13 multiplies with, ends the process by an illegal instruction in a bfloat16
+# product of (396, 63) and (63, 5) where the processor has AMX: torch's own mm, nothing of ours.
+if importlib.metadata.version("torch").startswith("1."):
+    os.environ.setdefault("DNNL_MAX_CPU_ISA", "AVX512_CORE_BF16")
 _outcomes: dict[str, str] = {}
 _SESSION_CACHE = tempfile.TemporaryDirectory(prefix="rocm-patch-tests-")
 
