@@ -7,13 +7,20 @@ from rocm_patch.machine.build import read_build
 
 
 def bundle(*targets, host=True, code=64):
+    """A clang offload bundle with nothing for these targets."""
+    return bundle_of({target: bytes(code) for target in targets}, host)
+
+
+def bundle_of(code, host=True):
     """A clang offload bundle in its documented layout: magic, count, rows of offset, size, name; then the code."""
-    names = [b"host-x86_64-unknown-linux--"] * host + [b"hipv4-amdgcn-amd-amdhsa--" + t.encode() for t in targets]
-    table = b"__CLANG_OFFLOAD_BUNDLE__" + struct.pack("<Q", len(names))
-    for place, name in enumerate(names):
-        size = 0 if name.startswith(b"host") else code
-        table += struct.pack("<QQQ", 4096 + place * code, size, len(name)) + name
-    whole = table.ljust(4096 + len(names) * code, b"\0")
+    rows = [(b"host-x86_64-unknown-linux--", b"")] * host
+    rows += [(b"hipv4-amdgcn-amd-amdhsa--" + target.encode(), content) for target, content in code.items()]
+    table = b"__CLANG_OFFLOAD_BUNDLE__" + struct.pack("<Q", len(rows))
+    place, body = 4096, b""
+    for name, content in rows:
+        table += struct.pack("<QQQ", place + len(body), len(content), len(name)) + name
+        body += content.ljust(-(-len(content) // 4096) * 4096, b"\0") if len(rows) > 1 else content
+    whole = table.ljust(place, b"\0") + body
     return whole.ljust(-(-len(whole) // 4096) * 4096, b"\0")
 
 

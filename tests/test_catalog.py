@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from rocm_patch.machine import catalog
-from rocm_patch.machine.catalog import Arch, CatalogError, KnownIssue, Release, Row, Variable, read_rows
+from rocm_patch.machine.catalog import Arch, CatalogError, Hazard, KnownIssue, Release, Row, Variable, read_rows
 
 ROOT = Path(__file__).parents[1]
 FOLDER = Path(catalog.__file__).parent
 FILES = {"archs": ("arch", Arch), "variables": ("variable", Variable), "releases": ("release", Release),
-         "issues": ("issue", KnownIssue)}  # fmt: skip
+         "issues": ("issue", KnownIssue), "hazards": ("hazard", Hazard)}  # fmt: skip
 ROWS = [(f"{name}:{number}", row) for name in FILES for number, row in enumerate(getattr(catalog, name)(), start=1)]
 ARCHS = {row.gfx: row for row in catalog.archs()}
 TOPOLOGY = "ROCm/rocm-systems@04c92c1e:projects/rocr-runtime/libhsakmt/src/topology.c"
@@ -50,7 +50,7 @@ def test_nothing_known_was_lost():
 
 
 @pytest.mark.parametrize(("name", "key"), [("archs", "gfx"), ("archs", "version"), ("variables", "name"),
-                                           ("releases", "torch"), ("issues", "id")])  # fmt: skip
+                                           ("releases", "torch"), ("issues", "id"), ("hazards", "id")])  # fmt: skip
 def test_names_are_unique(name, key):
     found = [getattr(row, key) for row in getattr(catalog, name)()]
     assert sorted(found, key=str) == sorted(set(found), key=str)

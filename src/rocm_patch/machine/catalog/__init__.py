@@ -174,6 +174,36 @@ class KnownIssue(Row):
     fix: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Hazard(Row):
+    """Machine code that some chips cannot run, or run wrongly.
+
+    Attributes:
+        id: name for ever; removed names stay reserved.
+        title: what it is, in words.
+        archs: the chips concerned.
+        code: generation of the code in which it is looked for: `gfx9`, `gfx10` or `gfx11`.
+        kind: `encoding`, the chip has no such instruction, or `bug`, the chip has a fault that the code does not work
+            around.
+        effect: what comes of it: `hang`, `page fault`, `illegal instruction`, `wrong values`.
+        feature: LLVM's name of the chip's feature, for an encoding that of the feature that the chip lacks.
+        instructions: `FORMAT OPCODE MNEMONIC` of each instruction that is one; empty where a check finds it.
+        check: name of a check of sequences (`scan/flow.py`); empty where the instruction alone is enough.
+        targets: the targets in whose code the opcodes mean this; empty for every one of the generation.
+    """
+
+    id: str
+    title: str
+    archs: tuple[str, ...]
+    code: str
+    kind: str
+    effect: str
+    feature: str
+    instructions: tuple[str, ...] = ()
+    check: str = ""
+    targets: tuple[str, ...] = ()
+
+
 _Row = TypeVar("_Row", bound=Row)
 
 
@@ -199,6 +229,12 @@ def releases() -> tuple[Release, ...]:
 def issues() -> tuple[KnownIssue, ...]:
     """Every known failure; the more particular ones come first."""
     return read_rows(_FOLDER / "issues.toml", "issue", KnownIssue)
+
+
+@cache
+def hazards() -> tuple[Hazard, ...]:
+    """Everything that is looked for in machine code; the worst comes first."""
+    return read_rows(_FOLDER / "hazards.toml", "hazard", Hazard)
 
 
 def arch(gfx: str) -> Arch | None:
