@@ -80,6 +80,32 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def own_environ(tmp_path):
+    """An environment with a cache and a home of its own."""
+    return {"ROCM_PATCH_CACHE_DIR": str(tmp_path / "cache"), "HOME": str(tmp_path / "home")}
+
+
+@pytest.fixture
+def old_torch(tmp_path):
+    """A torch of the original's release, with real code for gfx1030 and none for gfx1010."""
+    from builds import bundle_of, torch_folder
+    from code_objects import triton
+
+    folder = torch_folder(tmp_path / "env", "1.13.1+rocm5.2", "5.2.21151", targets=("gfx1030",))
+    code = triton()
+    (folder / "lib/libtorch_hip.so").write_bytes(bundle_of({"gfx900": b"BC", "gfx1030": code["gfx1030"]}))
+    library = folder / "lib/rocblas/library"
+    library.mkdir(parents=True)
+    for target in ("gfx1010", "gfx1030"):
+        (library / f"Kernels.so-000-{target}.hsaco").write_bytes(code[target])
+    (library / "TensileLibrary_gfx1030.dat").write_bytes(b"\x81 no code")
+    database = folder / "share/miopen/db"
+    database.mkdir(parents=True)
+    (database / "gfx1030_36.HIP.fdb.txt").write_text("1-1=ConvX:1,2,3\n")
+    return folder
+
+
 def pytest_collection_modifyitems(items):
     """What knows nothing of torch runs on one generation of it."""
     import torch

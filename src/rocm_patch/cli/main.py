@@ -17,6 +17,7 @@ from rocm_patch._version import __version__
 from rocm_patch.cli import bench as measuring
 from rocm_patch.cli import cache, proving
 from rocm_patch.cli import check as checking
+from rocm_patch.cli import scan as scanning
 from rocm_patch.cli import tune as tuning
 from rocm_patch.cli.arguments import split_run
 from rocm_patch.errors import RocmPatchError
@@ -269,6 +270,7 @@ app.command()(proving.demo)
 app.command()(measuring.bench)
 app.command()(tuning.tune)
 app.command()(checking.check)
+app.command()(scanning.scan)
 app.add_typer(cache.app, name="cache")
 
 

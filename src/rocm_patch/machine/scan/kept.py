@@ -1,0 +1,162 @@
+"""What was found in files, remembered for as long as neither the file, the rules nor this code change."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from rocm_patch._version import __version__
+from rocm_patch.machine import catalog
+from rocm_patch.machine.folders import cache_folder
+from rocm_patch.machine.scan.inventory import Content
+from rocm_patch.settings import LOGGER
+
+# A file's content for one question; the number of the version changes with what is counted and how.
+_SCHEMA_VERSION = 1
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS file (
+    path     TEXT NOT NULL,  -- absolute
+    question TEXT NOT NULL,  -- card, reported chip, and what the rules were
+    identity TEXT NOT NULL,  -- size, time and inode of the file
+    examined INTEGER NOT NULL,  -- kernels whose code was examined
+    harmful  INTEGER NOT NULL,  -- those of them with a hazard
+    content  BLOB NOT NULL,  -- Content.to_json(), compressed with zlib
+    PRIMARY KEY (path, question)
+) WITHOUT ROWID
+"""
+_TIMEOUT_SECONDS = 10.0
+_LARGEST = 1 << 28
+
+
+@dataclass(frozen=True)
+class Harm:
+    """What is remembered of several files.
+
+    Attributes:
+        examined: kernels whose code was examined.
+        harmful: those that the card cannot run safely.
+    """
+
+    examined: int
+    harmful: int
+
+
+def identity_of(path: Path) -> str | None:
+    """What changes when the file does; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return f"{status.st_size}|{status.st_mtime_ns}|{status.st_ino}"
+
+
+class Kept:
+    """The memory of scans in the cache folder; where that cannot be used, there is one warning and no memory.
+
+    Args:
+        environ: says where the cache folder is.
+        card: the chip that was asked for, empty for none.
+        reported: the chip whose code it loads.
+    """
+
+    def __init__(self, environ: Mapping[str, str], card: str, reported: str) -> None:
+        self._path = cache_folder(environ) / "scan.sqlite3"
+        self._question = f"{card}|{reported}|{_rules()}"
+        self._database: sqlite3.Connection | None = None
+        self._is_usable = True
+
+    def read(self, path: Path, identity: str) -> Content | None:
+        """What is remembered of a file that has not changed."""
+        query = "SELECT content FROM file WHERE path = ? AND question = ? AND identity = ?"
+        try:
+            database = self._open(is_to_write=False)
+            row = database and database.execute(query, (str(path), self._question, identity)).fetchone()
+            return _unpacked(row[0]) if row else None
+        except (sqlite3.Error, ValueError, zlib.error) as error:
+            self._give_up(error)
+            return None
+
+    def harm(self, places: Iterable[Path]) -> Harm | None:
+        """What was found in files, or in what lies below folders; None where nothing is remembered of them.
+
+        Files that have changed since, or are gone, do not count.
+        """
+        query = "SELECT path, identity, examined, harmful FROM file WHERE question = ? AND path >= ? AND path < ?"
+        examined = harmful = 0
+        is_known = False
+        try:
+            database = self._open(is_to_write=False)
+            if database is None:
+                return None
+            for place in places:
+                # Everything below a folder sorts between its name with a slash and with what follows a slash.
+                start, end = (f"{place}/", f"{place}0") if place.is_dir() else (str(place), f"{place}\0")
+                for path, identity, count, bad in database.execute(query, (self._question, start, end)):
+                    if identity == identity_of(Path(path)):
+                        is_known, examined, harmful = True, examined + count, harmful + bad
+        except sqlite3.Error as error:
+            self._give_up(error)
+        return Harm(examined, harmful) if is_known else None
+
+    def write(self, contents: Iterable[tuple[Path, str, Content]]) -> None:
+        """Remember files, all or none: path, identity and what they hold."""
+        rows = []
+        for path, identity, content in contents:
+            harm = content.harm()
+            packed = zlib.compress(json.dumps(content.to_json()).encode(), 1)
+            harmful = harm.cannot_encode + harm.with_bug
+            rows.append((str(path), self._question, identity, harm.examined, harmful, packed))
+        if not rows:
+            return
+        try:
+            database = self._open(is_to_write=True)
+            if database is not None:
+                with database:
+                    database.executemany("INSERT OR REPLACE INTO file VALUES (?, ?, ?, ?, ?, ?)", rows)
+        except sqlite3.Error as error:
+            self._give_up(error)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._database is not None:
+            self._database.close()
+            self._database = None
+
+    def _open(self, is_to_write: bool) -> sqlite3.Connection | None:
+        if self._database is None and self._is_usable and (is_to_write or self._path.exists()):
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                self._give_up(error)
+                return None
+            database = sqlite3.connect(self._path, timeout=_TIMEOUT_SECONDS)
+            self._database = database
+            if database.execute("PRAGMA user_version").fetchone()[0] not in (0, _SCHEMA_VERSION):
+                database.execute("DROP TABLE IF EXISTS file")
+            database.execute(_SCHEMA)
+            database.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
+        return self._database
+
+    def _give_up(self, error: Exception) -> None:
+        if self._is_usable:
+            LOGGER.warning("scans are not remembered: %s: %s", self._path, error)
+        self._is_usable = False
+        self.close()
+
+
+@cache
+def _rules() -> str:
+    return hashlib.sha256(f"{catalog.hazards()!r} {__version__}".encode()).hexdigest()[:16]
+
+
+def _unpacked(packed: bytes) -> Content:
+    document = json.loads(zlib.decompressobj().decompress(packed, _LARGEST))
+    if not isinstance(document, dict):
+        raise ValueError("not what a scan has kept")
+    return Content.from_json(document)

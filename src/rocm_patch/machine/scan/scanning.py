@@ -1,0 +1,247 @@
+"""The scan: which libraries have code for a card, and what of it the card cannot run safely."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from rocm_patch.machine import catalog
+from rocm_patch.machine.fit import OVERRIDE, override_target
+from rocm_patch.machine.scan import files, inventory, places
+from rocm_patch.machine.scan.hazards import Examination
+from rocm_patch.machine.scan.inventory import Amount, Content
+from rocm_patch.machine.scan.kept import Kept
+
+# Processes side by side: each may hold one bundle unpacked, and all together are to stay below 1 GiB.
+_MOST_JOBS = 4
+_WORKER_BYTES = 1 << 30
+_TASK_BYTES = 16 << 20
+# Below this a process of its own costs more than it brings.
+_ALONE_BYTES = 8 << 20
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Question:
+    """For whom the code is looked at.
+
+    Attributes:
+        card: the chip, `gfx1010`; empty to list only.
+        override: the value of HSA_OVERRIDE_GFX_VERSION under which it runs; empty without one.
+    """
+
+    card: str = ""
+    override: str = ""
+
+    @property
+    def reported(self) -> str:
+        """The chip for which code is loaded."""
+        return override_target(self.override) or self.card
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """The targets whose code is loaded: the chip's own, and the generic one that covers it."""
+        return _accepted(self.reported) if self.card else ()
+
+
+def _accepted(chip: str) -> tuple[str, ...]:
+    known = catalog.arch(chip)
+    return (chip, known.generic) if known and known.generic else (chip,)
+
+
+@dataclass
+class Library:
+    """Files that belong together.
+
+    Attributes:
+        name: `libtorch_hip.so`, `rocBLAS kernels`.
+        folder: the file, or the folder of its files.
+        files: how many hold something for a GPU.
+        content: what they hold.
+    """
+
+    name: str
+    folder: Path
+    files: int = 0
+    content: Content = field(default_factory=Content)
+
+    @property
+    def has_code(self) -> bool:
+        """Whether there is machine code or what becomes such, not only records."""
+        return any(amount.objects for amount in self.content.targets.values())
+
+    def answer(self, card: str) -> tuple[str, str]:
+        """`native`, `compiled` (when it is loaded, from code for no chip), `override` or `none`, and it in words."""
+        targets = {name for name, amount in self.content.targets.items() if amount.objects} or set(
+            self.content.targets
+        )
+        for target in _accepted(card):
+            if target in targets:
+                return "native", f"native for {card}" + ("" if target == card else f", by {target}")
+        if "amdgcnspirv" in targets:
+            return "compiled", f"compiled for {card} when it is loaded"
+        known = catalog.arch(card)
+        pretended = override_target(known.override) if known and known.override else ""
+        for target in _accepted(pretended) if pretended else ():
+            if target in targets and known:
+                return "override", f"only through {OVERRIDE}={known.override} ({target})"
+        return "none", f"none for {card}"
+
+    def harm(self, question: Question) -> Examination:
+        """What the examination of the code that would be loaded has found."""
+        return self.content.harm(question.loaded)
+
+
+@dataclass
+class Scan:
+    """What was found.
+
+    Attributes:
+        question: for whom.
+        libraries: those that hold something for a GPU, by name.
+        bytes: what the files take that were looked at.
+        unread: files of which nothing is remembered, where only what is remembered was asked for.
+    """
+
+    question: Question
+    libraries: list[Library]
+    bytes: int
+    unread: int = 0
+
+
+def scan(
+    where: Sequence[Path],
+    question: Question,
+    environ: Mapping[str, str],
+    progress: Progress | None = None,
+    again: bool = False,
+    jobs: int = 0,
+    only_remembered: bool = False,
+) -> Scan:
+    """Look through files and folders; what was looked at before and has not changed is remembered.
+
+    Args:
+        where: files and folders.
+        question: for whom.
+        environ: says where the cache is.
+        progress: called with bytes done and bytes in all.
+        again: read everything, whatever is remembered.
+        jobs: processes side by side; 0 for one per processor, at most four.
+        only_remembered: read no file.
+    """
+    kept = Kept(environ, question.card, question.reported)
+    new: list[tuple[Path, str, Content]] = []
+    contents: dict[Path, Content] = {}
+    read: set[Path] = set()
+    tasks: list[_Task] = []
+    found = list(places.files(where))
+    for file in found:
+        known = None if again else kept.read(file.path, file.identity)
+        if known is not None:
+            contents[file.path] = known
+            continue
+        contents[file.path] = Content()
+        read.add(file.path)
+        if only_remembered:
+            continue
+        try:
+            tasks += _tasks(file.path, files.parts(file.path), question)
+        except (OSError, ValueError) as error:
+            contents[file.path].notes.append(str(error))
+    total, done = sum(task.bytes for task in tasks), 0
+    for task, content in _run(tasks, min(jobs or os.cpu_count() or 1, _MOST_JOBS)):
+        contents[task.path].add(content)
+        done += task.bytes
+        if progress is not None:
+            progress(done, total)
+    libraries: dict[tuple[str, Path], Library] = {}
+    for file in found:
+        content = contents[file.path]
+        if content.targets or content.notes:
+            if file.path in read:
+                new.append((file.path, file.identity, content))
+            library = libraries.setdefault((file.library, file.folder), Library(file.library, file.folder))
+            library.files += 1
+            library.content.add(content)
+    kept.write(new)
+    kept.close()
+    ordered = sorted(libraries.values(), key=lambda library: (str(library.folder.parent), library.name))
+    size = sum(int(file.identity.partition("|")[0]) for file in found)
+    return Scan(question, ordered, size, len(read) if only_remembered else 0)
+
+
+@dataclass(frozen=True)
+class _Task:
+    path: Path
+    parts: tuple[files.Part, ...]
+    card: str
+    examine: tuple[str, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.end - part.start for part in self.parts)
+
+
+def _tasks(path: Path, parts: Sequence[files.Part], question: Question) -> list[_Task]:
+    """The parts of one file in portions of about the same size."""
+    tasks: list[_Task] = []
+    portion: list[files.Part] = []
+    size = 0
+    for part in parts:
+        portion.append(part)
+        size += part.end - part.start
+        if size >= _TASK_BYTES:
+            tasks.append(_Task(path, tuple(portion), question.card, question.loaded))
+            portion, size = [], 0
+    if portion:
+        tasks.append(_Task(path, tuple(portion), question.card, question.loaded))
+    return tasks
+
+
+def _work(task: _Task) -> Content:
+    return inventory.read(task.path, task.parts, task.card, task.examine)
+
+
+def _run(tasks: Sequence[_Task], jobs: int) -> Any:
+    """Each task with what it found, in the order in which they end."""
+    if jobs < 2 or sum(task.bytes for task in tasks) < _ALONE_BYTES:
+        for task in tasks:
+            yield task, _work(task)
+        return
+    left = set(tasks)
+    try:
+        with _pool(jobs) as pool:
+            waiting = {pool.submit(_work, task): task for task in tasks}
+            for future in as_completed(waiting):
+                yield waiting[future], future.result()
+                left.discard(waiting[future])
+    except BrokenProcessPool:
+        # A file that shrinks while it is read, or the kernel's want of memory, ends the process that reads it.
+        for task in [task for task in tasks if task in left]:
+            try:
+                with _pool(1) as pool:
+                    yield task, pool.submit(_work, task).result()
+            except BrokenProcessPool:
+                yield task, Content(notes=["the process that read it died: did the file change meanwhile?"])
+
+
+def _pool(jobs: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_limit)
+
+
+def _limit() -> None:
+    """A worker gets no more memory than it can need; a spoilt file then fails by a MemoryError, which is a note."""
+    import resource
+
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (_WORKER_BYTES, most))
+
+
+__all__ = ["Amount", "Content", "Library", "Question", "Scan", "scan"]
