@@ -18,6 +18,7 @@ from rocm_patch.conv.spec import DIRECTIONS
 from rocm_patch.kernels import launch
 from rocm_patch.kernels.compiling import COMPILER
 from rocm_patch.kernels.variant import Target, resources, triton_version
+from rocm_patch.machine.scan import elf, hazards
 
 ARCHS = ("gfx1010", "gfx1030", "gfx1100", "gfx1151", "gfx1201")
 # What the cost model finds so many times slower than the likeliest is launched by nobody.
@@ -74,9 +75,16 @@ def compiled(arch, of_all):
         row |= {"constants": dict(variant.constants), "warps": variant.warps, "stages": variant.stages}
         row["failure"] = compilation.failure
         if compilation.failure is None:
-            row |= resources(variant.compiled(target))  # from Triton's cache, where the child has put it
+            kernel = variant.compiled(target)  # from Triton's cache, where the child has put it
+            row |= resources(kernel)
+            row["hazards_on_gfx1010"] = harm(kernel.asm["hsaco"])
         rows.append(row)
     return rows
+
+
+def harm(code):
+    """What gfx1010 cannot run safely of a kernel: rule to the number of places."""
+    return hazards.examine(code, elf.read_code_object(code), "gfx1010").places
 
 
 # What tells block shapes apart; the rest are the convolution's own sizes.

@@ -210,4 +210,4 @@ def _work(spec: ConvSpec) -> Work:
     return Work(bytes=cost.operand_bytes(spec), loads=a_product * products, launches=3)
 
 
-DIRECT = Fused("direct", _plan, _rejects, _work).strategy
+DIRECT = Fused("direct", _plan, _rejects, _work, uses_blas=False).strategy

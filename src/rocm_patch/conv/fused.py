@@ -102,6 +102,7 @@ class Fused:
         work: as in `Strategy`.
         rtol: as in `Strategy`.
         is_approximate: as in `Strategy`.
+        uses_blas: as in `Strategy`.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class Fused:
         work: Callable[[ConvSpec], Work],
         rtol: dict[str, float] | None = None,
         is_approximate: bool = False,
+        uses_blas: bool = True,
     ) -> None:
         self._plan_of, self._why_not = plan_of, rejects
         self._plans: dict[ConvSpec, Plan] = {}
@@ -127,6 +129,8 @@ class Fused:
             self._is_ready,
             is_bounded=False,
             bind=self._bind,
+            uses_blas=uses_blas,
+            machine_code=self._machine_code,
         )
 
     def _plan(self, spec: ConvSpec) -> Plan:
@@ -164,6 +168,11 @@ class Fused:
                 raise RuntimeError(f"{self.strategy.name} cannot compute {spec}: {self._rejects(spec)}")
             run = self._ready[spec]
         return run
+
+    def _machine_code(self, spec: ConvSpec) -> tuple[bytes, ...] | None:
+        if spec not in self._ready:
+            return None
+        return tuple(launch.machine_code() for launch in self._plan(spec).launches)
 
     def _run(self, spec: ConvSpec, first: torch.Tensor, second: torch.Tensor, budget: int) -> torch.Tensor:
         return self._bind(spec)(first, second)

@@ -306,8 +306,9 @@ def _work(spec: ConvSpec, rows: int) -> Work:
 def _strategy(rows: int) -> Strategy:
     of_rows: dict[str, Any] = {"rows": rows}
     return Fused(
-        f"implicit_gemm_{rows}", partial(_plan, **of_rows), partial(_rejects, **of_rows), partial(_work, **of_rows)
-    ).strategy
+        f"implicit_gemm_{rows}", partial(_plan, **of_rows), partial(_rejects, **of_rows), partial(_work, **of_rows),
+        uses_blas=False,
+    ).strategy  # fmt: skip
 
 
 IMPLICIT_GEMMS = tuple(map(_strategy, ROWS))

@@ -27,6 +27,10 @@ def _always(spec: ConvSpec, wait: bool) -> bool:
     return True
 
 
+def _no_code(spec: ConvSpec) -> tuple[bytes, ...] | None:
+    return ()
+
+
 @dataclass(frozen=True)
 class Strategy:
     """One convolution algorithm.
@@ -50,6 +54,8 @@ class Strategy:
         is_approximate: whether its error is larger than that of sums of products (`exact=True` leaves it out).
         bind: `run` for one spec, from its two operands, where more than the spec can be settled once for all calls;
             waits for what has to be compiled. Raises RuntimeError where that cannot be had.
+        uses_blas: whether it calls torch's matrix products.
+        machine_code: the files that its own kernels for a spec were compiled to; None before they are.
     """
 
     name: str
@@ -62,6 +68,8 @@ class Strategy:
     is_ready: Callable[[ConvSpec, bool], bool] = _always
     is_bounded: bool = True
     bind: Callable[[ConvSpec], Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] | None = None
+    uses_blas: bool = True
+    machine_code: Callable[[ConvSpec], tuple[bytes, ...] | None] = _no_code
 
     def bound(self, spec: ConvSpec, budget: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
         """`run` for one spec and budget."""

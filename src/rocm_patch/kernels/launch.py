@@ -130,6 +130,13 @@ class Launch:
 
         self._run = launch
 
+    def machine_code(self) -> bytes:
+        """The file that the kernel was compiled to, for AMD an ELF code object; empty in Triton's interpreter."""
+        if INTERPRETED:
+            return b""
+        code = self.variant.compiled(target_of(self._device)).asm
+        return bytes(code.get("hsaco") or code.get("cubin") or b"")
+
     def _interpret(self, *tensors: Any) -> None:
         self.variant.function()[self.grid](*tensors, *self._integers, **self._constants)
 

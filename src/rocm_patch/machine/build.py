@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rocm_patch.machine import catalog
 from rocm_patch.machine.device_code import cached_targets_of
+
+if TYPE_CHECKING:
+    from rocm_patch.machine.scan.kept import Harm
 
 _ASSIGNMENT = re.compile(r"^(__version__|cuda|hip)\b[^=\n]*=\s*['\"]([^'\"]+)['\"]", re.MULTILINE)
 # Where a torch wheel, AMD's ROCm wheels beside it, and a system installation keep data files.
@@ -61,6 +66,21 @@ class TorchBuild:
                 if library.is_file():
                     targets |= cached_targets_of(library)
         return frozenset(targets)
+
+    def harm(self, card: str, reported: str, environ: Mapping[str, str]) -> Harm | None:
+        """What `rocm-patch scan` has found in torch's own device code for a chip, run on a card; None if not known.
+
+        Args:
+            card: the chip that would run it, `gfx1010`.
+            reported: the chip whose code is loaded, `gfx1030`.
+            environ: says where scans are remembered.
+        """
+        from rocm_patch.machine.scan.kept import Kept  # here: few processes ask, and it brings SQLite
+
+        kept = Kept(environ, card, reported)
+        found = kept.harm(sorted((self.folder / "lib").glob("libtorch_hip*.so*")))
+        kept.close()
+        return found
 
     def carries(self, gfx: str) -> bool | None:
         """Whether this build has native code for a chip, by itself or for its generic target; None if unknown."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -70,6 +71,13 @@ def fit(gpu: Gpu, build: TorchBuild) -> Fit:
         return Fit(gpu, "none", "", why, source)
     if build.carries(pretended) is False:
         why = f"{OVERRIDE}={known.override} needs code for {pretended}, which torch {build.version} has not either"
+        return Fit(gpu, "none", "", why, source)
+    harm = build.harm(gpu.gfx, pretended, os.environ) if has_native_wheel(gpu.gfx) else None
+    if harm is not None and harm.harmful:
+        why = (
+            f"rocm-patch scan has found that {harm.harmful} of its {harm.examined} kernels for {pretended} "
+            f"cannot run safely on {gpu.gfx}, which has native wheels; {OVERRIDE}={known.override} is yours to set"
+        )
         return Fit(gpu, "none", "", why, source)
     why = f"makes {gpu.gfx} pass for {pretended}, for which torch {build.version} has code. {known.override_note}"
     return Fit(gpu, "override", known.override, why.strip(), source)

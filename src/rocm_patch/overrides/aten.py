@@ -51,6 +51,7 @@ def install(activation: Activation, settings: Settings, native_up_to: int | None
         before = LEDGER.already(PATCH, arguments)
         if before is not None:
             return before
+        chooser.is_clean = guarding.cleanliness_for(settings) or chooser.is_clean
         guard = guarding.guard_for(chooser, settings)
         tuner = Tuner(chooser, guard, guarding.timings_for(guard, settings))
         routes = Routes(chooser, guard, injected, guarding.recorder(os.environ), settings.workspace, tuner)

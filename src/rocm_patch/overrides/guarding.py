@@ -9,11 +9,13 @@ from pathlib import Path
 
 import torch
 
+from rocm_patch.conv import Strategy
 from rocm_patch.conv.spec import ConvSpec
 from rocm_patch.dispatch import INSIDE
 from rocm_patch.machine import build, folders, hardware
 from rocm_patch.settings import LOGGER, Settings
 from rocm_patch.trust.choose import Chooser
+from rocm_patch.trust.cleanliness import Cleanliness
 from rocm_patch.trust.fingerprint import Fingerprint, fingerprint
 from rocm_patch.trust.guard import Guard
 from rocm_patch.trust.progress import Limits
@@ -64,6 +66,14 @@ def timings_for(guard: Guard, settings: Settings) -> Timings:
     if verdicts is None:
         verdicts = _TIMED[folder] = Verdicts(Store(folder), machine_of(settings))
     return Timings(verdicts)
+
+
+def cleanliness_for(settings: Settings) -> Callable[[ConvSpec, Strategy], bool | None] | None:
+    """What is known of the strategies' machine code on AMD cards; None elsewhere."""
+    if torch.version.hip is None:
+        return None
+    found = build.find_build()
+    return Cleanliness(machine_of(settings), found, os.environ, settings.sysfs_root).of
 
 
 def machine_of(settings: Settings) -> Callable[[str], Fingerprint]:

@@ -38,6 +38,10 @@ def _nothing_known(spec: ConvSpec, strategy: str) -> Verdict | None:
     return None
 
 
+def _not_known(spec: ConvSpec, strategy: Strategy) -> bool | None:
+    return None
+
+
 def _nothing_timed(spec: ConvSpec) -> Mapping[str, float]:
     return {}
 
@@ -56,6 +60,8 @@ class Chooser:
             `workspace_budget`.
         bypass_dtypes: under `guarded`, types that native is known to crash for on this machine.
         verdict: what is known of a spec and a strategy on this machine.
+        is_clean: whether the machine code that a strategy runs for a spec is free of what this machine's card cannot
+            run safely; None where that is not known.
         timed: seconds that strategies took for a spec on this machine, by name; empty where none was timed.
     """
 
@@ -66,6 +72,7 @@ class Chooser:
     exact: bool = False
     workspace: int | None = None
     verdict: Callable[[ConvSpec, str], Verdict | None] = field(default=_nothing_known, compare=False, repr=False)
+    is_clean: Callable[[ConvSpec, Strategy], bool | None] = field(default=_not_known, compare=False, repr=False)
     timed: Callable[[ConvSpec], Mapping[str, float]] = field(default=_nothing_timed, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -109,13 +116,19 @@ class Chooser:
         """
         failed: list[str] = []
         better: Strategy | None = None
+        ranked = self.ranked(spec)
+        harmful = {strategy.name for strategy in ranked if self.is_clean(spec, strategy) is False}
         # Which kernels are compiled by now must not decide what a deterministic program computes.
         wait = torch.are_deterministic_algorithms_enabled()
-        for strategy in self.ranked(spec):
+        for strategy in ranked:
             known = self.verdict(spec, strategy.name)
             if known is not None and known.is_bad:
                 failed.append(f"{strategy.name} {known}")
             elif strategy.is_ready(spec, wait or strategy.name == self.preferred):
+                if strategy.name not in harmful and self.is_clean(spec, strategy) is False:
+                    return self.bypass(spec, why)  # its kernels were compiled just now, and are not what one wants
+                if harmful and strategy.name not in harmful:
+                    why = f"{why}; others run code that this card cannot run safely: {', '.join(sorted(harmful))}"
                 if better is not None:
                     why = f"{why}; {better.name} is being compiled"
                 return Choice(strategy, "; ".join([why, *failed]), better)
@@ -127,15 +140,16 @@ class Chooser:
         )
 
     def ranked(self, spec: ConvSpec) -> list[Strategy]:
-        """Those that accept a spec: the user's first, then by the time that they took or are likely to take."""
+        """Those that accept a spec: the user's first, then those whose code the card can run safely for all that is
+        known, each by the time that they took or are likely to take."""
         timed = {} if torch.are_deterministic_algorithms_enabled() else self.timed(spec)
 
-        def place(strategy: Strategy) -> tuple[bool, bool, bool, float]:
+        def place(strategy: Strategy) -> tuple[bool, bool, bool, bool, float]:
             known = timed.get(strategy.name)
             # Whoever takes float64 wants its precision.
             is_coarse = strategy.is_approximate and spec.dtype == "float64"
             return (
-                strategy.name != self.preferred, is_coarse, known is None,
+                strategy.name != self.preferred, is_coarse, self.is_clean(spec, strategy) is False, known is None,
                 strategy.seconds(spec) if known is None else known,
             )  # fmt: skip
 

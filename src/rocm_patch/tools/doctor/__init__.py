@@ -17,11 +17,11 @@ from rocm_patch.launch.run import program_build
 from rocm_patch.machine import catalog, hardware
 from rocm_patch.settings import Settings
 from rocm_patch.tools import logs
-from rocm_patch.tools.doctor import driver, patches, scripts, software, system
+from rocm_patch.tools.doctor import code, driver, patches, scripts, software, system
 from rocm_patch.tools.doctor.finding import Check, Context, Finding
 
 SCHEMA_VERSION = 1
-CHECKS: tuple[Check, ...] = (*driver.CHECKS, *software.CHECKS, *system.CHECKS, *patches.CHECKS)
+CHECKS: tuple[Check, ...] = (*driver.CHECKS, *software.CHECKS, *code.CHECKS, *system.CHECKS, *patches.CHECKS)
 
 
 def examine(settings: Settings, environ: Mapping[str, str] | None = None) -> list[Finding]:

@@ -95,12 +95,15 @@ class Context:
         return [fit.fit(gpu, self.build) for gpu in visible_gpus(self.machine.gpus, self.environ)]
 
     @cached_property
+    def planned(self) -> Mapping[str, str]:
+        """The environment that programs get under rocm-patch run."""
+        plan = environment.plan(self.machine, self.build, self.settings, self.environ)
+        return {**self.environ, **{change.name: change.value for change in plan.changes if change.changes}}
+
+    @cached_property
     def used(self) -> list[Fit]:
         """Those of them that programs see under rocm-patch run; all where the plan hides none."""
-        plan = environment.plan(self.machine, self.build, self.settings, self.environ)
-        environ = dict(self.environ)
-        environ |= {change.name: change.value for change in plan.changes if change.changes}
-        shown = visible_gpus(self.machine.gpus, environ)
+        shown = visible_gpus(self.machine.gpus, self.planned)
         return [entry for entry in self.fits if entry.gpu in shown] or self.fits
 
     @cached_property
