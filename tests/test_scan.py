@@ -7,6 +7,8 @@ import sqlite3
 import struct
 from pathlib import Path
 
+import pytest
+
 from builds import bundle_of
 from code_objects import triton
 from conftest import MACHINES, python, rocm_patch
@@ -19,6 +21,7 @@ from rocm_patch.machine.scan.scanning import Question, scan
 from rocm_patch.settings import Settings
 from rocm_patch.tools import scan as tool
 
+pytestmark = pytest.mark.torch_free
 NAVI10 = Question("gfx1010", "10.3.0")
 
 

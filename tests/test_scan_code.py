@@ -4,13 +4,15 @@ import random
 import re
 import struct
 import subprocess
+import tempfile
 
 import pytest
 
-from code_objects import HIP_TARGETS, TRITON_TARGETS, disassembled, hip, needs_hipcc, needs_objdump, triton
+from code_objects import HIP_TARGETS, OBJDUMP, TRITON_TARGETS, disassembled, hip, needs_hipcc, needs_objdump, triton
 from rocm_patch.machine import catalog
 from rocm_patch.machine.scan import elf, flow, hazards, isa, opcodes
 
+pytestmark = pytest.mark.torch_free
 # LLVM's own work-arounds for gfx10.1, by the word that it inserts before the second instruction of each bug: a wait
 # for one dependency (with the other fields as LLVM 15 and as Triton's LLVM fill them), s_mov_b32 null, 0.
 WORK_AROUNDS = {
@@ -164,6 +166,34 @@ def test_counts_agree_with_the_disassembler():
     has_not = ("v_dot2", "v_fmac_f32", "v_xnor", "v_dot4", "v_dot8")
     found = hazards.examine(gfx906, elf.read_code_object(gfx906), "gfx900")
     assert found.places["gfx9-dot"] == sum(text.startswith(has_not) for text in shown) > 0
+
+
+# A card of the same generation that has the fewest instructions.
+OLDEST = {"gfx9": "gfx900", "gfx10": "gfx1010", "gfx11": "gfx1103"}
+
+
+@needs_objdump
+@pytest.mark.parametrize(("compiler", "target"), samples())
+def test_every_count_agrees_with_the_disassembler(compiler, target):
+    code = code_of(compiler, target)
+    read = elf.read_code_object(code)
+    shown = [text for _, text in disassembled(code, target).values()]
+    card = OLDEST[isa.generation_of(target)]
+    found = hazards.examine(code, read, card)
+    for rule in hazards.rules_for(card, target):
+        if rule.instructions:
+            names = tuple({text.split()[2] for text in rule.instructions})
+            assert found.places.get(rule.id, 0) == sum(text.startswith(names) for text in shown), rule.id
+    assert read.kernels == len(descriptors(code))
+
+
+def descriptors(code):
+    """The kernels that LLVM's list of symbols has."""
+    with tempfile.NamedTemporaryFile(suffix=".co") as file:
+        file.write(code)
+        file.flush()
+        table = subprocess.run([OBJDUMP, "-t", "-T", file.name], capture_output=True, text=True, check=True).stdout
+    return {line.split()[-1] for line in table.splitlines() if line.endswith(".kd")}
 
 
 @pytest.mark.parametrize(("compiler", "target"), samples())

@@ -12,6 +12,7 @@ from builds import bundle, bundle_of
 from code_objects import HIP_TARGETS, SOURCE, compressed, hip, hipcc, needs_hipcc, plain, triton
 from rocm_patch.machine.scan import elf, files, inventory
 
+pytestmark = pytest.mark.torch_free
 HIP_KERNELS = 4  # prefetched_loop, dot_product, add, calls
 
 

@@ -51,12 +51,14 @@ class Bundle:
         size: bytes that it takes there; 0 where its head is cut off or does not say.
         is_compressed: whether its entries lie in a compressed plain bundle.
         entries: those for AMD GPUs; None where the head of a compressed one cannot be unpacked.
+        unpacked: bytes of the plain bundle, as a compressed one says.
     """
 
     start: int
     size: int
     is_compressed: bool
     entries: tuple[Entry, ...] | None
+    unpacked: int
 
 
 def bundles(content: Content, start: int, end: int) -> Iterator[Bundle]:
@@ -94,7 +96,7 @@ def find_first(content: Content, magics: tuple[bytes, ...], start: int, end: int
 
 def _plain(place: int, head: bytes) -> Bundle | None:
     size, entries = read_table(head)
-    return None if entries is None else Bundle(place, size, False, entries)
+    return None if entries is None else Bundle(place, size, False, entries, size)
 
 
 def _compressed(place: int, head: bytes) -> Bundle | None:
@@ -107,7 +109,8 @@ def _compressed(place: int, head: bytes) -> Bundle | None:
         entries = read_table(_unpacked(head, _TABLE_BYTES) or b"")[1]
     except ValueError:  # `code_of` says what is wrong with it
         entries = None
-    return Bundle(place, _compressed_size(head), True, entries)
+    size, unpacked = _compressed_sizes(head)
+    return Bundle(place, size, True, entries, unpacked)
 
 
 def read_table(head: bytes) -> tuple[int, tuple[Entry, ...] | None]:
@@ -160,14 +163,13 @@ def code_of(content: Content, bundle: Bundle, end: int) -> Iterator[tuple[str, b
         yield entry.target, whole[entry.start : entry.start + entry.size]
 
 
-def _compressed_size(head: bytes) -> int:
-    """Size of a compressed bundle from its header, which carries it from version 2 on."""
-    if len(head) < 16:
-        return 0
+def _compressed_sizes(head: bytes) -> tuple[int, int]:
+    """Sizes of a compressed bundle, packed (0 before version 2) and unpacked, from its header."""
+    if len(head) < 24:
+        return 0, 0
     (version,) = struct.unpack_from("<H", head, 4)
-    if version >= 3:
-        return int(struct.unpack_from("<Q", head, 8)[0])
-    return int(struct.unpack_from("<I", head, 8)[0]) if version == 2 else 0
+    sizes = struct.unpack_from("<QQ" if version >= 3 else "<II", head, 8)
+    return (0, sizes[0]) if version == 1 else (sizes[0], sizes[1])
 
 
 def _unpacked(packed: bytes, most: int) -> bytes | None:

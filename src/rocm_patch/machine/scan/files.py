@@ -31,11 +31,18 @@ class Part:
         kind: `bundle`, `object` (one ELF file, or the whole file in another container) or `records`.
         start: where it begins.
         end: where it ends, at the latest.
+        unpacked: bytes of what it holds, where it says.
     """
 
     kind: str
     start: int
     end: int
+    unpacked: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """How much there is to read."""
+        return max(self.unpacked, self.end - self.start)
 
 
 @dataclass(frozen=True)
@@ -120,7 +127,12 @@ def _of_bundles(content: mmap.mmap, start: int, end: int) -> list[Part]:
     found = list(bundles.bundles(content, start, end))
     following = [*(bundle.start for bundle in found[1:]), end][: len(found)]
     return [
-        Part("bundle", bundle.start, min(bundle.start + bundle.size, end) if bundle.size else after)
+        Part(
+            "bundle",
+            bundle.start,
+            min(bundle.start + bundle.size, end) if bundle.size else after,
+            min(bundle.unpacked, bundles.LARGEST),
+        )
         for bundle, after in zip(found, following, strict=True)
     ]
 

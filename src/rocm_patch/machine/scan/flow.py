@@ -50,6 +50,8 @@ CHECKS = (
     NSA_THEN_BUFFER, SCRATCH_OFFSET, CMPX_THEN_PERMLANE,
 )  # fmt: skip
 
+# Kinds that can be a bug by themselves or with the one right before.
+_ALONE = frozenset((BRANCH, BUFFER, FLAT, IMAGE))
 _EXEC = 3 << 126
 _REGISTERS = (1 << NULL) - 1
 _OFFSET_3F = 4 + 4 * 0x3F
@@ -73,9 +75,12 @@ def find(words: bytes, is_wave32: bool) -> Mapping[str, set[int]]:
         is_wave32: whether comparisons write one register or two.
     """
     found: _Found = {}
-    code = list(steps(words, is_wave32))
+    code = steps(words, is_wave32)
     before: Step | None = None
     for step in code:
+        if step.kind not in _ALONE:
+            before = None
+            continue
         if step.kind == BRANCH and step.reads == _OFFSET_3F:
             found.setdefault(BRANCH_OFFSET_3F, set()).add(step.place)
         elif step.kind == FLAT and step.flag:

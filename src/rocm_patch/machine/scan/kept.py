@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sqlite3
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rocm_patch._version import __version__
 from rocm_patch.machine import catalog
 from rocm_patch.machine.folders import cache_folder
-from rocm_patch.machine.scan.inventory import Content
 from rocm_patch.settings import LOGGER
+
+if TYPE_CHECKING:  # the plan of variables asks for sums alone, and is made in every patched process
+    from rocm_patch.machine.scan.inventory import Content
 
 # A file's content for one question; the number of the version changes with what is counted and how.
 _SCHEMA_VERSION = 1
@@ -45,6 +49,11 @@ class Harm:
 
     examined: int
     harmful: int
+
+
+def real_path(path: Path) -> Path:
+    """The path under which a file or folder is remembered, whatever links lead to it."""
+    return Path(os.path.realpath(path))
 
 
 def identity_of(path: Path) -> str | None:
@@ -94,7 +103,7 @@ class Kept:
             database = self._open(is_to_write=False)
             if database is None:
                 return None
-            for place in places:
+            for place in map(real_path, places):
                 # Everything below a folder sorts between its name with a slash and with what follows a slash.
                 start, end = (f"{place}/", f"{place}0") if place.is_dir() else (str(place), f"{place}\0")
                 for path, identity, count, bad in database.execute(query, (self._question, start, end)):
@@ -145,7 +154,7 @@ class Kept:
 
     def _give_up(self, error: Exception) -> None:
         if self._is_usable:
-            LOGGER.warning("scans are not remembered: %s: %s", self._path, error)
+            LOGGER.warning("scans are not remembered: %s: %s\nhint: rm %s", self._path, error, self._path)
         self._is_usable = False
         self.close()
 
@@ -156,6 +165,8 @@ def _rules() -> str:
 
 
 def _unpacked(packed: bytes) -> Content:
+    from rocm_patch.machine.scan.inventory import Content
+
     document = json.loads(zlib.decompressobj().decompress(packed, _LARGEST))
     if not isinstance(document, dict):
         raise ValueError("not what a scan has kept")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rocm_patch.machine.folders import home_of
-from rocm_patch.machine.scan.kept import identity_of
+from rocm_patch.machine.scan.kept import identity_of, real_path
 
 # Beside torch in site-packages: AMD's ROCm wheels, and the device code that they keep apart.
 _BESIDE_TORCH = ("_rocm_sdk_*", "rocm_sdk_*", "amd_torch_device_*", "torchvision*", "torchaudio*", "aotriton*")
@@ -26,13 +26,16 @@ _NEVER_CODE = frozenset(
     (".py", ".pyc", ".pyi", ".h", ".hpp", ".cuh", ".inl", ".md", ".rst", ".json", ".yaml", ".yml", ".cmake", ".html")
 )
 _SHARED = re.compile(r"\.so(?:\.[\d.]+)?$")
-# Folders whose files make one library together, and its name.
-_TOGETHER = (
-    ("rocblas/library", "rocBLAS kernels"), ("hipblaslt/library", "hipBLASLt kernels"),
-    ("hipsparselt/library", "hipSPARSELt kernels"), ("miopen/db", "MIOpen databases"),
-    (".cache/miopen", "MIOpen's cache of kernels"), (".config/miopen", "MIOpen's own records"),
-    ("aotriton.images", "AOTriton"), (".triton/cache", "Triton's cache"), ("torchinductor_", "inductor's cache"),
-    ("triton", "Triton's cache"),
+# Folders whose files make one library together, and its name. Debian has a version in some.
+_TOGETHER = tuple(
+    (re.compile(f"(.*/(?:{folder}))(?:/|$)"), name)
+    for folder, name in (
+        (r"rocblas/(?:[\d.]+/)?library", "rocBLAS kernels"), (r"hipblaslt/(?:[\d.]+/)?library", "hipBLASLt kernels"),
+        (r"hipsparselt/(?:[\d.]+/)?library", "hipSPARSELt kernels"), (r"miopen/db", "MIOpen databases"),
+        (r"\.cache/miopen", "MIOpen's cache of kernels"), (r"\.config/miopen", "MIOpen's own records"),
+        (r"aotriton\.images", "AOTriton"), (r"\.triton/cache|rocm-patch/triton", "Triton's cache"),
+        (r"torchinductor_[^/]*", "inductor's cache"),
+    )
 )  # fmt: skip
 
 
@@ -76,7 +79,7 @@ def files(places: Iterable[Path]) -> Iterator[Found]:
     """Every regular file in these files and folders that may hold code, each once whatever links lead to it."""
     seen: set[tuple[int, int]] = set()
     for place in places:
-        for path in _below(place):
+        for path in _below(real_path(place)):
             try:
                 status = path.stat()
             except OSError:  # gone since, or a link to nothing
@@ -85,7 +88,7 @@ def files(places: Iterable[Path]) -> Iterator[Found]:
             if not stat.S_ISREG(status.st_mode) or key in seen:
                 continue
             seen.add(key)
-            real = path.resolve() if path.is_symlink() else path
+            real = real_path(path) if path.is_symlink() else path
             library, folder = _library_of(real)
             identity = identity_of(real)
             if identity is not None:
@@ -106,9 +109,8 @@ def _below(place: Path) -> Iterator[Path]:
 def _library_of(path: Path) -> tuple[str, Path]:
     if _SHARED.search(path.name):
         return path.name, path
-    text = path.as_posix()
-    for part, name in _TOGETHER:
-        before, found, after = text.rpartition(f"/{part}")
+    for pattern, name in _TOGETHER:
+        found = pattern.match(path.as_posix())
         if found:
-            return name, Path(before + found + (after.partition("/")[0] if part.endswith("_") else ""))
+            return name, Path(found[1])
     return path.name, path

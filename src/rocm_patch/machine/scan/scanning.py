@@ -156,6 +156,7 @@ def scan(
         except (OSError, ValueError) as error:
             contents[file.path].notes.append(str(error))
     total, done = sum(task.bytes for task in tasks), 0
+    tasks.sort(key=lambda task: -task.bytes)  # a long one at the end would be waited for
     for task, content in _run(tasks, min(jobs or os.cpu_count() or 1, _MOST_JOBS)):
         contents[task.path].add(content)
         done += task.bytes
@@ -186,7 +187,7 @@ class _Task:
 
     @property
     def bytes(self) -> int:
-        return sum(part.end - part.start for part in self.parts)
+        return sum(part.bytes for part in self.parts)
 
 
 def _tasks(path: Path, parts: Sequence[files.Part], question: Question) -> list[_Task]:
@@ -196,7 +197,7 @@ def _tasks(path: Path, parts: Sequence[files.Part], question: Question) -> list[
     size = 0
     for part in parts:
         portion.append(part)
-        size += part.end - part.start
+        size += part.bytes
         if size >= _TASK_BYTES:
             tasks.append(_Task(path, tuple(portion), question.card, question.loaded))
             portion, size = [], 0
