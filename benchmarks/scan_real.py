@@ -33,6 +33,7 @@ WHEELS = {
     "jax-rocm60-pjrt": "3.11", "jax-rocm7-plugin": "3.12", "jax-rocm7-pjrt": "3.12", "tensorflow-rocm": "3.11",
     "onnxruntime-rocm": "3.11", "bitsandbytes": "3.11", "pyg-lib-rocm": "3.11",
 }  # fmt: skip
+SHOWN = ("inst-prefetch", "smem-then-vector", "vmem-then-scalar", "exec-read-then-cmpx", "lds-branch-vmem")
 # Cards whose answer is asked for: one of each kind that a build may or may not serve.
 CARDS = ("gfx900", "gfx906", "gfx90c", "gfx1010", "gfx1012", "gfx1030", "gfx1032", "gfx1036", "gfx1100", "gfx1102",
          "gfx1103", "gfx1150", "gfx1151", "gfx1201")  # fmt: skip
@@ -71,12 +72,13 @@ def measured(name, keep):
         found = scan([Path(folder)], QUESTION, {"ROCM_PATCH_CACHE_DIR": f"{folder}/cache"})
         seconds = time.perf_counter() - started
         rows = [library for library in found.libraries if library.has_code]
-        answers = {library.folder: {card: library.answer(card)[0] for card in CARDS} for library in rows}
+        answers = {library.folder: {card: library.answer(Question(card)).kind for card in CARDS} for library in rows}
         shown = document(found)
         natives = {}
         if any("gfx1010" in library.content.targets for library in rows):
             native = document(scan([Path(folder)], NATIVE, {"ROCM_PATCH_CACHE_DIR": f"{folder}/cache"}))
-            natives = {row["path"]: row["hazards"] for row in native["libraries"] if row["hazards"]}
+            own = [row for row in native["libraries"] if row["answer"] == "native"]
+            natives = {row["path"]: row["hazards"] for row in own if row["hazards"]}
     usage = [resource.getrusage(who).ru_maxrss >> 10 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     libraries = []
     for row in shown["libraries"]:
@@ -108,7 +110,17 @@ def tables(rows):
             f"| {row['package']} | {version(row)} | {len(row['libraries'])} | {kernels:,} | {' '.join(chips)} |"
         )
     cards = [(card, catalog.arch(card)) for card in CARDS]
-    lines += ["", "Which cards they serve: `native`, through an override (its value), or not at all (`-`).", ""]
+    lines += [
+        "",
+        "Which have code that a card could load: its own (`native`), another chip's under the override that the",
+    ]
+    lines += [
+        "catalog knows for the card (its value; that the code is there does not say that it runs, and this torch or"
+    ]
+    lines += [
+        "ROCm may be too new for the override), or none (`-`); `in part` where some libraries have other code.",
+        "",
+    ]
     lines += ["| package | " + " | ".join(CARDS) + " |", "| --- |" + " --- |" * len(CARDS)]
     for row in rows:
         cells = []
@@ -118,11 +130,16 @@ def tables(rows):
             worst = "" if len(kinds) == 1 else " in part"
             cells.append((known.override if best == "override" else best) + (worst if best != "-" else ""))
         lines.append(f"| {row['package']} | " + " | ".join(cells) + " |")
-    lines += ["", "Their code for gfx1030, which the override to 10.3.0 loads, on gfx1010:", ""]
     lines += [
-        "| library | kernels and functions | instructions that it lacks | hardware bug | clean | `s_inst_prefetch` | "
-        "scalar load, then vector comparison | vector memory, then scalar write |",
-        "| --- |" + " ---: |" * 7,
+        "",
+        "Their code for gfx1030, which the override to 10.3.0 loads, on gfx1010: kernels by what was found in them.",
+        "",
+    ]
+    lines += [
+        "| library | kernels and functions | with instructions that it lacks | with a hardware bug | nothing found | "
+        + " | ".join(f"`{rule}`" for rule in SHOWN)
+        + " |",
+        "| --- |" + " ---: |" * (4 + len(SHOWN)),
     ]
     for row in rows:
         for library in row["libraries"]:
@@ -130,12 +147,12 @@ def tables(rows):
             if harm and harm["examined"]:
                 by_rule = harm["kernels_by_rule"]
                 cells = [harm["examined"], harm["cannot_encode"], harm["with_bug"], harm["clean"]]
-                cells += [by_rule.get(rule, 0) for rule in ("inst-prefetch", "smem-then-vector", "vmem-then-scalar")]
+                cells += [by_rule.get(rule, 0) for rule in SHOWN]
                 name = f"{row['package']}: {library['name']}"
                 lines.append(f"| {name} | " + " | ".join(f"{cell:,}" for cell in cells) + " |")
     lines += ["", "To compare, the code that some of them have for gfx1010 itself:", ""]
     lines += [
-        "| library | kernels and functions | hardware bug | clean | of what kind |",
+        "| library | kernels and functions | with a hardware bug | nothing found | by rule |",
         "| --- | ---: | ---: | ---: | --- |",
     ]
     for row in rows:

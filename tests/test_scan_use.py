@@ -61,15 +61,19 @@ def doctor(old_torch, own_environ):
 def test_doctor_reports_both_answers(old_torch, own_environ):
     (first,) = doctor(old_torch, own_environ)
     assert first["level"] == "ok" and first["fix"] == "rocm-patch scan"
-    assert "has not been looked at" in first["summary"]
-    in_force = {**own_environ, fit.OVERRIDE: "10.3.0"}
+    assert "has not been scanned" in first["summary"]
     scan([old_torch], NAVI10, own_environ)
-    served, harmful = doctor(old_torch, in_force)
-    assert "only through an override: libtorch_hip.so" in served["summary"]
-    assert "native for gfx1010: rocBLAS kernels" in served["summary"]
+    served, harmful = doctor(old_torch, {**own_environ, fit.OVERRIDE: "10.3.0"})
+    assert "another chip's, under HSA_OVERRIDE_GFX_VERSION: libtorch_hip.so, rocBLAS kernels" in served["summary"]
     assert harmful["level"] == "warning"
     assert "2 of 2 kernels for gfx1030 cannot run safely on gfx1010" in harmful["summary"]
     assert "torch[device-gfx1010]" in harmful["fix"]
+    # Found harmful, the override is planned no more: each library's own code counts where it has some.
+    served, *rest = doctor(old_torch, own_environ)
+    assert "native for gfx1010: rocBLAS kernels" in served["summary"]
+    assert {(finding["level"], finding["summary"][:21]) for finding in rest} == {
+        ("warning", "1 of 1 kernels for gf"), ("ok", "gfx1010: nothing is k"),
+    }  # fmt: skip
 
 
 def strategies():

@@ -49,16 +49,16 @@ def _show(findings: "tuple[Finding, ...]") -> None:
         cell = "" if finding.cell is None else f"cell {finding.cell}:"
         console.print(
             Text.assemble(
-                (_printable(f"{finding.path}:{cell}{finding.line}:{finding.column}: "), ""),
+                (printable(f"{finding.path}:{cell}{finding.line}:{finding.column}: "), ""),
                 (f"{finding.rule}: ", "bold red"),
-                _printable(finding.summary),
+                printable(finding.summary),
             )
         )
-        console.print(Text(f"  why: {_printable(finding.why)}"))
-        console.print(Text(f"  fix: {_printable(finding.fix)}"))
+        console.print(Text(f"  why: {printable(finding.why)}"))
+        console.print(Text(f"  fix: {printable(finding.fix)}"))
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Text that any stream can take: a path may hold bytes that are none."""
     encoding = sys.stdout.encoding or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)

@@ -9,27 +9,25 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from rocm_patch.cli.check import printable
 from rocm_patch.settings import from_environ
 
 if TYPE_CHECKING:  # at run time when it is needed: every start of rocm-patch comes through here
     from rocm_patch.machine.scan.hazards import Examination
-    from rocm_patch.machine.scan.scanning import Library, Scan
-
-# Names of kernels that are shown of each library, unless all are asked for.
-_SHOWN = 3
+    from rocm_patch.machine.scan.scanning import Library, Question, Scan
 
 
 def scan(
     paths: Annotated[
-        list[str],
+        Optional[list[str]],  # noqa: UP045  (the oldest typer reads no union)
         typer.Argument(
             metavar="[PATH]...", help="Libraries, code objects, folders. Without: the installed torch, ROCm, caches."
         ),
-    ] = [],  # noqa: B006  (typer's way to say none)
+    ] = None,
     card: Annotated[str, typer.Option(metavar="GFX", help="For this chip, gfx1010; this machine's by default.")] = "",
     override: Annotated[
         str,
@@ -37,12 +35,16 @@ def scan(
             metavar="X.Y.Z", help="Under this HSA_OVERRIDE_GFX_VERSION, or none; by default the one in use."
         ),
     ] = "",
-    kernels: Annotated[bool, typer.Option("--kernels", help="List every kernel with a hazard.")] = False,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Name every kernel that has something against it.")
+    ] = False,
     again: Annotated[bool, typer.Option("--again", help="Read what has been read before too.")] = False,
     jobs: Annotated[
         int, typer.Option(min=0, max=4, help="Processes side by side; one per processor by default.")
     ] = 0,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit 1 if anything is missing or harmful.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit 1 unless all of it can be loaded and is clean.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Read, without a GPU, which GPU code libraries carry, and what of it this card cannot run safely."""
@@ -50,19 +52,28 @@ def scan(
 
     with _progress() as show:
         found = tool.run(
-            [Path(path) for path in paths], from_environ(), os.environ, card, override, again, jobs, show
+            [Path(path) for path in paths or ()], from_environ(), os.environ, card, override, again, jobs, show
         )
     if as_json:
         print(json.dumps(tool.document(found), indent=1))
     else:
         _print(found, kernels)
-    is_bad = any(
-        library.harm(found.question).is_harmful or library.answer(found.question.card)[0] == "none"
-        for library in found.libraries
-        if found.question.card and library.has_code
-    )
-    if strict and is_bad:
+    if strict and not _is_fine(found):
         raise typer.Exit(1)
+
+
+def _is_fine(found: "Scan") -> bool:
+    """Whether there is code, and all of it is the card's own and has nothing against it, as far as it is known."""
+    question = found.question
+    libraries = [library for library in found.libraries if library.has_code]
+    if not libraries or any(library.content.notes for library in found.libraries):
+        return False
+    if not question.card:
+        return True
+    wanted = ("native", "compiled", "override") if question.override else ("native", "compiled")
+    return all(
+        library.answer(question).kind in wanted and not library.harm(question).is_harmful for library in libraries
+    )
 
 
 @contextmanager
@@ -91,65 +102,91 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
 
 
 def _print(found: "Scan", all_kernels: bool) -> None:
+    from rocm_patch.machine.scan.hazards import Examination
+
     question = found.question
     if question.override:
-        print(
-            f"{question.card} under HSA_OVERRIDE_GFX_VERSION={question.override}: loads code for {question.reported}"
-        )
+        loads = f"HSA_OVERRIDE_GFX_VERSION={question.override}, under which code for {question.reported} is loaded"
+        print(f"card {question.card}, {loads}")
     elif question.card:
-        print(f"{question.card}: loads code for itself")
+        print(f"card {question.card}, no override")
     else:
         print("no AMD GPU here and none named: what there is, for which chips (--card gfx1010 for one)")
+    sums, kinds = Examination(), dict[str, int]()
     for library in found.libraries:
-        print(f"{library.name}: {_answer(library, question.card)}")
-        print(f"    {library.folder}")
-        for line in _targets(library):
-            print(f"    {line}")
-        harm = library.harm(question)
-        if harm.examined:
-            _print_hazards(harm, question.card, all_kernels)
+        print(printable(f"{library.name}: {_answer(library, question)}"))
+        print(printable(f"    {library.folder}"))
+        if library.content.targets:
+            print(f"    kernels: {', '.join(_targets(library))}")
+        if question.card:
+            answer, harm = library.answer(question), library.harm(question)
+            _print_hazards(harm, question.card, answer.chip, all_kernels)
+            if library.has_code:
+                sums.add(harm)
+                kinds[answer.kind] = kinds.get(answer.kind, 0) + 1
         for note in library.content.notes:
-            print(f"    not read: {note}")
+            print(printable(f"    not read: {note}"))
     if not found.libraries:
-        print("no GPU code found")
+        print(
+            printable(
+                f"no GPU code found in {', '.join(map(str, found.where)) or 'the places that docs/SCAN.md names'}"
+            )
+        )
+    elif question.card:
+        _print_sums(sums, kinds, question.card, all_kernels)
 
 
-def _answer(library: "Library", card: str) -> str:
+def _print_sums(sums: "Examination", kinds: dict[str, int], card: str, all_kernels: bool) -> None:
+    words = {
+        "native": "native",
+        "compiled": "compiled when loaded",
+        "override": "by another chip's code",
+        "none": "none",
+    }
+    parts = [f"{kinds[kind]} {word}" for kind, word in words.items() if kind in kinds]
+    print(f"{sum(kinds.values())} with GPU code: {', '.join(parts) or 'none'}")
+    if sums.examined:
+        harmful = sums.cannot_encode + sums.with_bug
+        print(f"{harmful:,} of their {sums.examined:,} kernels and functions have something against them on {card}")
+        if harmful and not all_kernels:
+            print("hint: --kernels names them; docs/SCAN.md says what the rules mean and what to do")
+
+
+def _answer(library: "Library", question: "Question") -> str:
     if not library.content.targets:
         return "cannot be read"
-    return library.answer(card)[1] if card else ", ".join(sorted(library.content.targets))
+    return library.answer(question).words if question.card else ", ".join(sorted(library.content.targets, key=_age))
 
 
 def _targets(library: "Library") -> Iterator[str]:
-    for target, amount in sorted(library.content.targets.items(), key=_age):
-        parts = [f"{amount.kernels:,} kernels" if amount.objects else "", f"{_size(amount.bytes)}"]
-        parts += [f"{amount.records:,} records"] if amount.records else []
-        yield f"{target:<16} {', '.join(part for part in parts if part)}"
+    for target, amount in sorted(library.content.targets.items(), key=lambda row: _age(row[0])):
+        records = f"{amount.records:,} records, " if amount.records else ""
+        yield f"{target} {amount.kernels:,} ({records}{_size(amount.bytes)})"
 
 
-def _age(row: "tuple[str, object]") -> tuple[int, str]:
+def _age(target: str) -> tuple[int, str]:
     """Sorts targets by generation: gfx906, gfx90a, gfx1010."""
-    return len(row[0].partition("-")[0]), row[0]
+    return len(target.partition("-")[0]), target
 
 
-def _print_hazards(harm: "Examination", card: str, all_kernels: bool) -> None:
+def _print_hazards(harm: "Examination", card: str, chip: str, all_kernels: bool) -> None:
     from rocm_patch.machine import catalog
 
+    if not harm.examined:
+        return
     called = f" and {harm.called:,} functions that they call" if harm.called else ""
     print(
-        f"    {harm.examined - harm.called:,} kernels{called} on {card}: {harm.cannot_encode:,} with instructions "
-        f"that it lacks, {harm.with_bug:,} with a hardware bug and no work-around, {harm.clean:,} clean"
+        f"    of {harm.examined - harm.called:,} kernels{called} for {chip}, on {card}: {harm.cannot_encode:,} with "
+        f"instructions that it lacks, {harm.with_bug:,} with a hardware bug and no work-around, {harm.clean:,} with "
+        "nothing found"
     )
     for rule in catalog.hazards():
         if rule.id in harm.places:
             places, kernels = harm.places[rule.id], harm.kernels_by_rule[rule.id]
-            print(f"      {rule.id} ({rule.effect}): {places:,} in {kernels:,} kernels; {rule.title}")
-    worst = sorted(harm.kernels, key=lambda kernel: kernel.rank)
-    for kernel in worst if all_kernels else worst[:_SHOWN]:
-        counts = ", ".join(f"{count} {rule}" for rule, count in kernel.hazards.items())
-        print(f"      {kernel.name}: {counts}")
-    if len(worst) > _SHOWN and not all_kernels:
-        print(f"      and {harm.cannot_encode + harm.with_bug - _SHOWN:,} more: --kernels lists them")
+            print(f"      {rule.effect} possible: {places:,} places in {kernels:,} kernels; {rule.id}: {rule.title}")
+    for kernel in sorted(harm.kernels, key=lambda kernel: kernel.rank) if all_kernels else ():
+        counts = ", ".join(f"{count} {rule}" for rule, count in sorted(kernel.hazards.items()))
+        print(printable(f"      {kernel.name}: {counts}"))
 
 
 def _size(count: int) -> str:

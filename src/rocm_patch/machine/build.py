@@ -78,7 +78,7 @@ class TorchBuild:
         from rocm_patch.machine.scan.kept import Kept  # here: few processes ask, and it brings SQLite
 
         kept = Kept(environ, card, reported)
-        found = kept.harm(sorted((self.folder / "lib").glob("libtorch_hip*.so*")))
+        found = kept.harm(sorted((self.folder / "lib").glob("libtorch_hip*.so*")), reported)
         kept.close()
         return found
 

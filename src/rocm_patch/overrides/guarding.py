@@ -15,7 +15,6 @@ from rocm_patch.dispatch import INSIDE
 from rocm_patch.machine import build, folders, hardware
 from rocm_patch.settings import LOGGER, Settings
 from rocm_patch.trust.choose import Chooser
-from rocm_patch.trust.cleanliness import Cleanliness
 from rocm_patch.trust.fingerprint import Fingerprint, fingerprint
 from rocm_patch.trust.guard import Guard
 from rocm_patch.trust.progress import Limits
@@ -72,6 +71,8 @@ def cleanliness_for(settings: Settings) -> Callable[[ConvSpec, Strategy], bool |
     """What is known of the strategies' machine code on AMD cards; None elsewhere."""
     if torch.version.hip is None:
         return None
+    from rocm_patch.trust.cleanliness import Cleanliness  # here: it brings the decoder of machine code
+
     found = build.find_build()
     return Cleanliness(machine_of(settings), found, os.environ, settings.sysfs_root).of
 

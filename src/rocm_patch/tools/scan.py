@@ -98,13 +98,13 @@ def document(scan: Scan) -> dict[str, Any]:
 def _row(library: Library, question: Question) -> dict[str, Any]:
     content = library.content
     found = library.harm(question)
-    kind, words = library.answer(question.card) if question.card else ("", "")
+    answer = library.answer(question) if question.card else None
     return {
         "name": library.name,
         "path": str(library.folder),
         "files": library.files,
-        "answer": kind or None,
-        "summary": words or None,
+        "answer": answer.kind if answer else None,
+        "summary": answer.words if answer else None,
         "targets": {target: asdict(amount) for target, amount in sorted(content.targets.items())},
         "hazards": None if not found.examined else _hazards(found),
         "notes": content.notes,

@@ -77,7 +77,7 @@ class Cleanliness:
     def _blas_of(self, chips: tuple[str, str]) -> bool | None:
         if chips not in self._blas:
             kept = Kept(self._environ, *chips)
-            harm = kept.harm(blas_places(self._build, self._root))
+            harm = kept.harm(blas_places(self._build, self._root), chips[1])
             kept.close()
             self._blas[chips] = None if harm is None else not harm.harmful
             if harm is not None and harm.harmful:

@@ -242,6 +242,12 @@ def arch(gfx: str) -> Arch | None:
     return next((row for row in archs() if row.gfx == gfx), None)
 
 
+def targets_of(chip: str) -> tuple[str, ...]:
+    """The targets whose code a chip takes for its own: itself, and the generic one that covers it."""
+    known = arch(chip)
+    return (chip, known.generic) if known and known.generic else (chip,)
+
+
 def variable(name: str) -> Variable | None:
     """The environment variable of that name; `NAME_1` finds `NAME_<N>`."""
     stem, _, number = name.rpartition("_")

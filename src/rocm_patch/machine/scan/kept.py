@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from rocm_patch._version import __version__
 from rocm_patch.machine import catalog
+from rocm_patch.machine.fit import override_target
 from rocm_patch.machine.folders import cache_folder
 from rocm_patch.settings import LOGGER
 
@@ -22,20 +23,27 @@ if TYPE_CHECKING:  # the plan of variables asks for sums alone, and is made in e
     from rocm_patch.machine.scan.inventory import Content
 
 # A file's content for one question; the number of the version changes with what is counted and how.
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS file (
     path     TEXT NOT NULL,  -- absolute
-    question TEXT NOT NULL,  -- card, reported chip, and what the rules were
+    question TEXT NOT NULL,  -- card, targets whose code was examined for it, and what the rules were
     identity TEXT NOT NULL,  -- size, time and inode of the file
-    examined INTEGER NOT NULL,  -- kernels whose code was examined
-    harmful  INTEGER NOT NULL,  -- those of them with a hazard
+    harm     TEXT NOT NULL,  -- JSON: target to [kernels whose code was examined, those of them with a hazard]
     content  BLOB NOT NULL,  -- Content.to_json(), compressed with zlib
     PRIMARY KEY (path, question)
 ) WITHOUT ROWID
 """
 _TIMEOUT_SECONDS = 10.0
 _LARGEST = 1 << 28
+
+
+def examined_targets(card: str, reported: str) -> tuple[str, ...]:
+    """The targets whose code is examined for a card: its own, that of the override that the catalog knows for it, and
+    that of the chip that it reports."""
+    known = catalog.arch(card)
+    pretended = override_target(known.override) if known and known.override else card
+    return tuple(dict.fromkeys(t for chip in (card, pretended, reported) if chip for t in catalog.targets_of(chip)))
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,11 @@ class Harm:
 def real_path(path: Path) -> Path:
     """The path under which a file or folder is remembered, whatever links lead to it."""
     return Path(os.path.realpath(path))
+
+
+def _key(path: Path) -> str:
+    """A path as text that SQLite takes: a name may hold bytes that are no text."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
 
 
 def identity_of(path: Path) -> str | None:
@@ -76,7 +89,7 @@ class Kept:
 
     def __init__(self, environ: Mapping[str, str], card: str, reported: str) -> None:
         self._path = cache_folder(environ) / "scan.sqlite3"
-        self._question = f"{card}|{reported}|{_rules()}"
+        self._question = f"{card}|{','.join(examined_targets(card, reported))}|{_rules()}"
         self._database: sqlite3.Connection | None = None
         self._is_usable = True
 
@@ -85,18 +98,18 @@ class Kept:
         query = "SELECT content FROM file WHERE path = ? AND question = ? AND identity = ?"
         try:
             database = self._open(is_to_write=False)
-            row = database and database.execute(query, (str(path), self._question, identity)).fetchone()
+            row = database and database.execute(query, (_key(path), self._question, identity)).fetchone()
             return _unpacked(row[0]) if row else None
         except (sqlite3.Error, ValueError, zlib.error) as error:
             self._give_up(error)
             return None
 
-    def harm(self, places: Iterable[Path]) -> Harm | None:
-        """What was found in files, or in what lies below folders; None where nothing is remembered of them.
+    def harm(self, places: Iterable[Path], chip: str) -> Harm | None:
+        """What was found in code for a chip in files, or below folders; None where nothing is remembered of them.
 
         Files that have changed since, or are gone, do not count.
         """
-        query = "SELECT path, identity, examined, harmful FROM file WHERE question = ? AND path >= ? AND path < ?"
+        query = "SELECT path, identity, harm FROM file WHERE question = ? AND path >= ? AND path < ?"
         examined = harmful = 0
         is_known = False
         try:
@@ -105,11 +118,14 @@ class Kept:
                 return None
             for place in map(real_path, places):
                 # Everything below a folder sorts between its name with a slash and with what follows a slash.
-                start, end = (f"{place}/", f"{place}0") if place.is_dir() else (str(place), f"{place}\0")
-                for path, identity, count, bad in database.execute(query, (self._question, start, end)):
+                name = _key(place)
+                start, end = (f"{name}/", f"{name}0") if place.is_dir() else (name, f"{name}\0")
+                for path, identity, text in database.execute(query, (self._question, start, end)):
                     if identity == identity_of(Path(path)):
-                        is_known, examined, harmful = True, examined + count, harmful + bad
-        except sqlite3.Error as error:
+                        is_known, sums = True, json.loads(text)
+                        for count, bad in (sums.get(target, (0, 0)) for target in catalog.targets_of(chip)):
+                            examined, harmful = examined + count, harmful + bad
+        except (sqlite3.Error, ValueError, TypeError, AttributeError) as error:
             self._give_up(error)
         return Harm(examined, harmful) if is_known else None
 
@@ -117,17 +133,19 @@ class Kept:
         """Remember files, all or none: path, identity and what they hold."""
         rows = []
         for path, identity, content in contents:
-            harm = content.harm()
             packed = zlib.compress(json.dumps(content.to_json()).encode(), 1)
-            harmful = harm.cannot_encode + harm.with_bug
-            rows.append((str(path), self._question, identity, harm.examined, harmful, packed))
+            sums = {
+                target: (found.examined, found.cannot_encode + found.with_bug)
+                for target, found in content.examined.items()
+            }
+            rows.append((_key(path), self._question, identity, json.dumps(sums), packed))
         if not rows:
             return
         try:
             database = self._open(is_to_write=True)
             if database is not None:
                 with database:
-                    database.executemany("INSERT OR REPLACE INTO file VALUES (?, ?, ?, ?, ?, ?)", rows)
+                    database.executemany("INSERT OR REPLACE INTO file VALUES (?, ?, ?, ?, ?)", rows)
         except sqlite3.Error as error:
             self._give_up(error)
 

@@ -16,7 +16,7 @@ from rocm_patch.machine.fit import OVERRIDE, override_target
 from rocm_patch.machine.scan import files, inventory, places
 from rocm_patch.machine.scan.hazards import Examination
 from rocm_patch.machine.scan.inventory import Amount, Content
-from rocm_patch.machine.scan.kept import Kept
+from rocm_patch.machine.scan.kept import Kept, examined_targets
 
 # Processes side by side: each may hold one bundle unpacked, and all together are to stay below 1 GiB.
 _MOST_JOBS = 4
@@ -46,14 +46,25 @@ class Question:
         return override_target(self.override) or self.card
 
     @property
-    def loaded(self) -> tuple[str, ...]:
-        """The targets whose code is loaded: the chip's own, and the generic one that covers it."""
-        return _accepted(self.reported) if self.card else ()
+    def examined(self) -> tuple[str, ...]:
+        """The targets whose code is examined."""
+        return examined_targets(self.card, self.reported) if self.card else ()
 
 
-def _accepted(chip: str) -> tuple[str, ...]:
-    known = catalog.arch(chip)
-    return (chip, known.generic) if known and known.generic else (chip,)
+@dataclass(frozen=True)
+class Answer:
+    """Whether a library serves a card.
+
+    Attributes:
+        kind: `native`; `override`, another chip's code under an override; `compiled`, when it is loaded, from code
+            for no chip; or `none`.
+        words: the same for people.
+        chip: whose code is meant, empty for none.
+    """
+
+    kind: str
+    words: str
+    chip: str
 
 
 @dataclass
@@ -77,26 +88,39 @@ class Library:
         """Whether there is machine code or what becomes such, not only records."""
         return any(amount.objects for amount in self.content.targets.values())
 
-    def answer(self, card: str) -> tuple[str, str]:
-        """`native`, `compiled` (when it is loaded, from code for no chip), `override` or `none`, and it in words."""
-        targets = {name for name, amount in self.content.targets.items() if amount.objects} or set(
-            self.content.targets
-        )
-        for target in _accepted(card):
-            if target in targets:
-                return "native", f"native for {card}" + ("" if target == card else f", by {target}")
-        if "amdgcnspirv" in targets:
-            return "compiled", f"compiled for {card} when it is loaded"
+    def answer(self, question: Question) -> Answer:
+        """Whether it serves the card of a question, under its override or without one."""
+        card, override = question.card, question.override
+        own = self._code_for(card)
+        if override:
+            foreign = self._code_for(question.reported)
+            under = f"{OVERRIDE}={override}"
+            if foreign:
+                also = f"; without it {own}" if own and own != foreign else ""
+                return Answer("override", f"code for {foreign} under {under}{also}", question.reported)
+            without = f"; without it native, {own}" if own else ""
+            return Answer("none", f"none under {under}, which asks for {question.reported}{without}", "")
+        if own:
+            return Answer("native", "native" if own == card else f"native, by {own}", card)
+        if self._code_for("amdgcnspirv"):
+            return Answer("compiled", "compiled for the card when it is loaded", "")
         known = catalog.arch(card)
         pretended = override_target(known.override) if known and known.override else ""
-        for target in _accepted(pretended) if pretended else ():
-            if target in targets and known:
-                return "override", f"only through {OVERRIDE}={known.override} ({target})"
-        return "none", f"none for {card}"
+        foreign = self._code_for(pretended) if pretended else ""
+        if foreign and known:
+            return Answer("override", f"only through {OVERRIDE}={known.override}, as {foreign}", pretended)
+        return Answer("none", f"none for {card}", "")
+
+    def _code_for(self, chip: str) -> str:
+        """The target of the code that a chip would take here, empty where there is none."""
+        known = self.content.targets
+        with_code = {target for target, amount in known.items() if amount.objects} or set(known)
+        return next((target for target in catalog.targets_of(chip) if target in with_code), "")
 
     def harm(self, question: Question) -> Examination:
-        """What the examination of the code that would be loaded has found."""
-        return self.content.harm(question.loaded)
+        """What the examination of the code that the answer is about has found."""
+        chip = self.answer(question).chip
+        return self.content.harm(catalog.targets_of(chip) if chip else ())
 
 
 @dataclass
@@ -107,13 +131,13 @@ class Scan:
         question: for whom.
         libraries: those that hold something for a GPU, by name.
         bytes: what the files take that were looked at.
-        unread: files of which nothing is remembered, where only what is remembered was asked for.
+        where: the files and folders.
     """
 
     question: Question
     libraries: list[Library]
     bytes: int
-    unread: int = 0
+    where: tuple[Path, ...]
 
 
 def scan(
@@ -175,7 +199,7 @@ def scan(
     kept.close()
     ordered = sorted(libraries.values(), key=lambda library: (str(library.folder.parent), library.name))
     size = sum(int(file.identity.partition("|")[0]) for file in found)
-    return Scan(question, ordered, size, len(read) if only_remembered else 0)
+    return Scan(question, ordered, size, tuple(where))
 
 
 @dataclass(frozen=True)
@@ -199,10 +223,10 @@ def _tasks(path: Path, parts: Sequence[files.Part], question: Question) -> list[
         portion.append(part)
         size += part.bytes
         if size >= _TASK_BYTES:
-            tasks.append(_Task(path, tuple(portion), question.card, question.loaded))
+            tasks.append(_Task(path, tuple(portion), question.card, question.examined))
             portion, size = [], 0
     if portion:
-        tasks.append(_Task(path, tuple(portion), question.card, question.loaded))
+        tasks.append(_Task(path, tuple(portion), question.card, question.examined))
     return tasks
 
 

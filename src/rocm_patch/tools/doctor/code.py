@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 from rocm_patch.machine import catalog, fit
 from rocm_patch.machine.scan import hazards, places, scanning
-from rocm_patch.tools.doctor.finding import Context, Finding, failure, ok, warning
+from rocm_patch.machine.visibility import visible_gpus
+from rocm_patch.tools.doctor.finding import Context, Finding, ok, warning
 from rocm_patch.trust.fingerprint import override_for
 
 _NAMED = 3
@@ -14,62 +15,59 @@ _NAMED = 3
 
 def scanned_code(context: Context) -> Iterable[Finding]:
     """Which libraries serve each card, natively or through an override, and which kernels it cannot run safely."""
-    for entry in context.used:
-        card = entry.gpu.gfx
-        override = override_for(entry.gpu, context.planned)
-        question = scanning.Question(card, override)
-        where = places.default_places(
-            context.build.folder if context.build else None, context.environ, str(context.root)
-        )
+    gpus = [entry.gpu for entry in context.used] or visible_gpus(context.machine.gpus, context.environ)
+    for gpu in gpus:
+        question = scanning.Question(gpu.gfx, override_for(gpu, context.planned))
+        torch = context.build.folder if context.build else None
+        where = places.default_places(torch, context.environ, str(context.root))
         found = scanning.scan(where, question, context.environ, only_remembered=True)
         libraries = [library for library in found.libraries if library.has_code]
         if not libraries:
-            if hazards.rules_for(card, question.reported):
-                summary = f"{card}: what its code for {question.reported} does on this card has not been looked at"
-                yield ok(summary, fix="rocm-patch scan")
+            yield ok(f"{gpu.gfx}: the GPU code of torch and ROCm has not been scanned", fix="rocm-patch scan")
             continue
-        yield _served(card, libraries)
-        yield from _harmful(card, question, libraries)
+        yield _served(question, libraries)
+        for chip in dict.fromkeys(library.answer(question).chip for library in libraries):
+            if chip:
+                yield from _harmful(question, chip, libraries)
 
 
-def _served(card: str, libraries: list[scanning.Library]) -> Finding:
+def _served(question: scanning.Question, libraries: list[scanning.Library]) -> Finding:
+    card = question.card
     by_kind: dict[str, list[str]] = {}
     for library in libraries:
-        by_kind.setdefault(library.answer(card)[0], []).append(library.name)
+        by_kind.setdefault(library.answer(question).kind, []).append(library.name)
     words = {
-        "native": f"native for {card}", "compiled": "compiled when loaded", "override": "only through an override",
-        "none": f"none for {card}",
+        "native": f"native for {card}", "compiled": "compiled when loaded",
+        "override": f"another chip's, under {fit.OVERRIDE}", "none": f"none for {card}",
     }  # fmt: skip
     parts = [f"{words[kind]}: {_names(by_kind[kind])}" for kind in words if kind in by_kind]
     return ok(f"GPU code of {len(libraries)} libraries; {'; '.join(parts)}", source="rocm-patch scan")
 
 
-def _harmful(card: str, question: scanning.Question, libraries: list[scanning.Library]) -> Iterable[Finding]:
-    harm = hazards.Examination()
+def _harmful(question: scanning.Question, chip: str, libraries: list[scanning.Library]) -> Iterable[Finding]:
+    card, harm = question.card, hazards.Examination()
     guilty = []
     for library in libraries:
-        found = library.harm(question)
-        harm.add(found)
-        if found.is_harmful:
-            guilty.append(library.name)
-    if not harm.examined:
-        return
+        if library.answer(question).chip == chip:
+            found = library.harm(question)
+            harm.add(found)
+            if found.is_harmful:
+                guilty.append(library.name)
     if not harm.is_harmful:
-        yield ok(f"{card}: nothing is known against its {harm.examined:,} kernels for {question.reported}")
+        if harm.examined:
+            yield ok(f"{card}: nothing is known against {harm.examined:,} kernels for {chip}")
         return
     rules = {row.id: row for row in catalog.hazards()}
     effects = sorted({rules[rule].effect for rule in harm.places if rule in rules})
     summary = (
-        f"{harm.cannot_encode + harm.with_bug:,} of {harm.examined:,} kernels for {question.reported} cannot run "
+        f"{harm.cannot_encode + harm.with_bug:,} of {harm.examined:,} kernels for {chip} cannot run "
         f"safely on {card}: {', '.join(f'{n:,} with {rule}' for rule, n in sorted(harm.kernels_by_rule.items()))}"
     )
-    why = f"what may come of it: {', '.join(effects)}; in {_names(guilty)}"
-    source = "; ".join(
-        dict.fromkeys(text for rule in harm.places if rule in rules for text in rules[rule].sources[:1])
-    )
-    is_better = question.reported != card and fit.has_native_wheel(card)
+    why = f"possible are: {', '.join(effects)}; in {_names(guilty)}"
+    sources = [text for rule in harm.places if rule in rules for text in rules[rule].sources[:1]]
+    is_better = chip != card and fit.has_native_wheel(card)
     mend = fit.native_torch_command(card) if is_better else "rocm-patch scan --kernels"
-    yield (failure if harm.cannot_encode and not is_better else warning)(summary, why, mend, source)
+    yield warning(summary, why, mend, "; ".join(dict.fromkeys(sources)))
 
 
 def _names(names: list[str]) -> str:
