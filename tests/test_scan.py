@@ -5,6 +5,7 @@ import os
 import shutil
 import sqlite3
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -299,3 +300,47 @@ def test_names_that_are_no_text(tmp_path, own_environ):
     seen = []
     scan([folder], NAVI10, own_environ, progress=lambda done, total: seen.append(done))
     assert seen == []
+
+
+def test_a_python_without_some_compressions():
+    code = (
+        "import sys\nfor name in ('_lzma', '_bz2'): sys.modules[name] = None\n"
+        "import rocm_patch.machine.build, rocm_patch.launch.run, rocm_patch.machine.scan.scanning\n"
+    )
+    python("-c", code)
+
+
+def test_nobody_waits_for_a_scan_that_writes(old_torch, own_environ):
+    scan([old_torch], NAVI10, own_environ)
+    path = Path(own_environ["ROCM_PATCH_CACHE_DIR"]) / "scan.sqlite3"
+    before = path.stat().st_mtime_ns
+    kept = Kept(own_environ, "gfx1010", "gfx1030")
+    assert kept.harm([old_torch], "gfx1030") is not None
+    kept.close()
+    assert path.stat().st_mtime_ns == before  # reading has written nothing
+    with sqlite3.connect(path, isolation_level=None) as writer:
+        writer.execute("BEGIN EXCLUSIVE")
+        started = time.monotonic()
+        assert Kept(own_environ, "gfx1010", "gfx1030").harm([old_torch], "gfx1030") is None
+        assert time.monotonic() - started < 5
+        writer.execute("ROLLBACK")
+
+
+def test_what_could_not_be_read_is_tried_again(tmp_path, own_environ):
+    path = tmp_path / "here.co"
+    path.write_bytes(b"CCOB" + struct.pack("<HHQQQ", 3, 1, 64, 64, 0) + bytes(32))
+    for _ in range(2):
+        seen = []
+        scan([path], NAVI10, own_environ, progress=lambda done, total, seen=seen: seen.append(done))
+        assert seen
+
+
+def test_files_of_one_library_for_several_chips(tmp_path, own_environ):
+    for target in ("gfx1010", "gfx1030"):
+        (tmp_path / f"torch_{target}.hsaco").write_bytes(triton()[target])
+    (library,) = scan([tmp_path], Question("gfx1010"), own_environ).libraries
+    assert (library.name, library.files, library.answer(Question("gfx1010")).kind) == (
+        "torch_gfx*.hsaco",
+        2,
+        "native",
+    )

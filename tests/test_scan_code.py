@@ -295,6 +295,28 @@ def test_a_bug_across_a_loop_and_behind_a_branch():
     assert flow.VMEM_THEN_SCALAR not in flow.find(sequence(*never), True)
 
 
+def test_which_registers_an_instruction_reads():
+    ds_append, ds_append_gds, s_mov_m0 = (0xD8F80000, 0), (0xD8D20000, 0), (0xBEFC0380,)
+    assert flow.VMEM_THEN_SCALAR in flow.find(sequence(*ds_append, *s_mov_m0, *END), True)
+    assert flow.VMEM_THEN_SCALAR in flow.find(sequence(*ds_append_gds, *s_mov_m0, *END), True)
+    assert flow.VMEM_THEN_SCALAR not in flow.find(sequence(*DS_READ, *s_mov_m0, *END), True)
+    image_load = (0xF0000F00, 0x00040000)  # of s[16:23], with no sampler
+    assert flow.VMEM_THEN_SCALAR not in flow.find(sequence(*image_load, 0xBE810380, *END), True)
+    assert flow.VMEM_THEN_SCALAR in flow.find(sequence(*image_load, 0xBE900380, *END), True)
+    s_andn2_wrexec_b32 = (0xBE864706,)
+    assert flow.EXEC_READ_THEN_CMPX in flow.find(sequence(*s_andn2_wrexec_b32, *V_CMPX, *END), True)
+
+
+def test_a_branch_out_of_the_function_leads_nowhere():
+    words = sequence(*S_MOV_S4, *GLOBAL_LOAD_S4_5, 0xBF850000 | (-40 & 0xFFFF), *END)
+    assert flow.VMEM_THEN_SCALAR not in flow.find(words, True)
+
+
+def test_scalar_arithmetic_of_gfx115x_with_a_literal():
+    code = struct.pack("<3I", 0xA2800408, 0x3F8000FF, NOTHING)  # s_fmaak_f32 s0, s8, s4, 1.0
+    assert [size for _, size, _ in isa.instructions(code, "gfx11")] == [8, 4]
+
+
 def test_instructions_that_are_a_bug_by_themselves():
     assert flow.find(sequence(0xBF82003F, *END), True) == {flow.BRANCH_OFFSET_3F: {0}}
     assert flow.find(sequence(0xDC300004, 0x017D0000, *END), True) == {flow.FLAT_OFFSET: {0}}

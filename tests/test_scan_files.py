@@ -37,8 +37,8 @@ def test_kernels_and_functions_of_a_code_object():
     assert (found.target, found.kernels) == ("gfx1030", HIP_KERNELS)
     kinds = {function.name: function.is_kernel for function in found.functions}
     assert kinds == {"prefetched_loop": True, "dot_product": True, "add": True, "calls": True, "_Z5apartf": False}
-    assert all(function.size > 20 and function.is_wave32 == function.is_kernel for function in found.functions)
-    assert elf.length_of(hip("gfx1030") + bytes(100)) == len(hip("gfx1030"))
+    assert all(function.size > 20 and function.is_wave32 for function in found.functions)
+    assert elf.length_at(bytes(8) + hip("gfx1030") + bytes(100), 8, 108 + len(hip("gfx1030"))) == len(hip("gfx1030"))
 
 
 @needs_hipcc
@@ -246,6 +246,39 @@ def test_spoilt_files_are_named(tmp_path, name, content, note):
     except ValueError as error:
         notes = [str(error)]
     assert any(note in text for text in notes), notes
+
+
+def test_files_that_are_cut_off_count_with_what_is_there(tmp_path):
+    code = triton()["gfx1030"]
+    whole = {"x.hsaco": code, "y.co": bundle_of({"gfx1030": code, "gfx1010": triton()["gfx1010"]})}
+    whole["z.co"] = compressed(whole["y.co"], 3)
+    for name, content in whole.items():
+        (tmp_path / name).write_bytes(content.rstrip(b"\0")[: len(content) * (3 if name == "z.co" else 6) // 10])
+        found = read(tmp_path / name)
+        assert any("cut off" in note or "no bundle" in note for note in found.notes), (name, found)
+
+
+def test_a_spoilt_archive_is_named(tmp_path):
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.aks2", aotriton(triton()["gfx1100"]))
+    content = bytearray((tmp_path / "x.zip").read_bytes())
+    content[60:80] = b"\xff" * 20
+    (tmp_path / "x.zip").write_bytes(content)
+    assert read(tmp_path / "x.zip").targets == {}  # AOTriton's are stored, not deflated
+
+
+def test_a_file_that_claims_the_same_code_many_times(tmp_path, monkeypatch):
+    monkeypatch.setattr(inventory, "_MOST_BYTES", 1 << 24)
+    code = triton()["gfx1030"]
+    names = [b"hipv4-amdgcn-amd-amdhsa--gfx1030"] * 20
+    head = b"__CLANG_OFFLOAD_BUNDLE__" + struct.pack("<Q", len(names))
+    head += b"".join(struct.pack("<QQQ", 65536, 1 << 20, len(name)) + name for name in names)
+    with (tmp_path / "x.co").open("wb") as file:
+        file.write(head.ljust(65536, b"\0") + code)
+        file.truncate(65536 + (1 << 20))
+    assert any("more than 16 MiB" in note for note in read(tmp_path / "x.co").notes)
 
 
 def test_a_bomb_costs_no_more_than_is_allowed(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -71,7 +72,7 @@ def run(
     Raises:
         UsageError: a path is not there, or the card or the override is none.
     """
-    gone = [path for path in paths if not path.exists()]
+    gone = [path for path in paths if not os.path.lexists(path)]
     if gone:
         raise UsageError(f"cannot scan {gone[0]}: no such file or folder", "rocm-patch scan PATH, or scan alone")
     build = program_build(environ)[1]

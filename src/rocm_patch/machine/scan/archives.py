@@ -96,10 +96,11 @@ def _of_zip(path: Path) -> Iterator[tuple[bytes, str]]:
     try:
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
-                if entry.filename.endswith(".aks2") and entry.file_size < _LARGEST:
+                is_plain = entry.compress_type == zipfile.ZIP_STORED  # as AOTriton writes them
+                if entry.filename.endswith(".aks2") and is_plain and entry.file_size < _LARGEST:
                     for blob in _of_aotriton(archive.read(entry)):
                         yield blob, ""
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, struct.error) as error:
         raise ValueError(f"a spoilt archive: {error}") from error
 
 
@@ -115,12 +116,15 @@ def _of_aotriton(content: bytes) -> Iterator[bytes]:
         raise ValueError("the head of an AOTriton file is cut off")
     size, count, directory = struct.unpack_from("<III", content, 4)
     whole = compression.xz(content[16:], min(size, _LARGEST))
-    place = 0
+    place, left = 0, len(whole)
     for _ in range(count):
         if place + 20 > min(directory, len(whole)):
             raise ValueError("the directory of an AOTriton file is cut off")
         _, _, offset, length, name = struct.unpack_from("<IIIII", whole, place)
         place += 20 + name
+        left -= length
+        if left < 0:
+            raise ValueError("the images of an AOTriton file overlap")
         yield whole[directory + offset : directory + offset + length]
 
 

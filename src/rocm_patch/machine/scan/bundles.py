@@ -149,6 +149,8 @@ def code_of(content: Content, bundle: Bundle, end: int) -> Iterator[tuple[str, b
         for entry in bundle.entries or ():
             first = min(bundle.start + entry.start, end)
             yield entry.target, bytes(content[first : min(first + entry.size, end)])
+        if any(bundle.start + entry.start + entry.size > end for entry in bundle.entries or ()):
+            raise ValueError("a bundle is cut off")
         return
     packed = bytes(content[bundle.start : min(bundle.start + (bundle.size or LARGEST), end)])
     whole = _unpacked(packed, LARGEST + 1)
@@ -161,6 +163,8 @@ def code_of(content: Content, bundle: Bundle, end: int) -> Iterator[tuple[str, b
         raise ValueError("a compressed bundle holds no bundle")
     for entry in entries:
         yield entry.target, whole[entry.start : entry.start + entry.size]
+    if any(entry.start + entry.size > len(whole) for entry in entries):
+        raise ValueError("a compressed bundle is cut off")
 
 
 def _compressed_sizes(head: bytes) -> tuple[int, int]:

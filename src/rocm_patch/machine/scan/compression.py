@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import bz2
 import importlib
-import lzma
 import zlib
 from typing import Any
 
@@ -48,6 +46,7 @@ def xz(packed: bytes, most: int) -> bytes:
     Raises:
         ValueError: it is spoilt.
     """
+    lzma = _module("lzma")
     return _stepwise(lzma.LZMADecompressor(memlimit=1 << 28), packed, most, lzma.LZMAError)
 
 
@@ -57,7 +56,15 @@ def bzip2(packed: bytes, most: int) -> bytes:
     Raises:
         ValueError: it is spoilt.
     """
-    return _stepwise(bz2.BZ2Decompressor(), packed, most, OSError)
+    return _stepwise(_module("bz2").BZ2Decompressor(), packed, most, OSError)
+
+
+def _module(name: str) -> Any:
+    """A module that a Python can have been built without; every patched process comes through this file."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise CannotReadError(f"this Python was built without {name}") from error
 
 
 def _stepwise(decompressor: Any, packed: bytes, most: int, spoilt: type[Exception]) -> bytes:

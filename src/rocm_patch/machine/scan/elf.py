@@ -134,11 +134,26 @@ def target_of(content: Content) -> str | None:
     return _MACHINES.get(machine, f"unknown-{machine:#x}")
 
 
-def length_of(content: Content) -> int:
-    """Where an ELF file ends that lies at the start of something longer: after its sections and their table."""
-    known = sections(content)
-    (table,) = struct.unpack_from("<Q", content, 0x28) if known else (0,)
-    return max([table + 64 * len(known), *(section.start + section.size for section in known)], default=0)
+def is_cut_off(content: Content) -> bool:
+    """Whether an ELF file's table of sections, or a section, lies beyond its end."""
+    (table,) = struct.unpack_from("<Q", content, 0x28)
+    (count,) = struct.unpack_from("<H", content, 0x3C)
+    return bool(count) and (table + 64 * count > len(content) or length_at(content, 0, len(content)) > len(content))
+
+
+def length_at(content: Content, place: int, end: int) -> int:
+    """How long the ELF file is that begins at a place in something longer; 0 where its table lies beyond the end."""
+    if place + 64 > end:
+        return 0
+    (table,) = struct.unpack_from("<Q", content, place + 0x28)
+    size, count = struct.unpack_from("<HH", content, place + 0x3A)
+    if size != 64 or not 0 < count <= _MOST_SECTIONS or place + table + 64 * count > end:
+        return 0
+    ends = [table + 64 * count]
+    for index in range(count):
+        kind, _, _, start, length = struct.unpack_from("<IQQQQ", content, place + table + 64 * index + 4)
+        ends.append(0 if kind == _NO_BITS else int(start + length))
+    return int(max(ends))
 
 
 def read_code_object(content: Content) -> CodeObject | None:
@@ -159,17 +174,23 @@ def read_code_object(content: Content) -> CodeObject | None:
         names = known[section.link] if section.link < len(known) else section
         count = min(section.size // 24, _MOST_SYMBOLS)
         table = bytes(content[section.start : section.start + 24 * count])
+        spent = 0
         for name, info, _, index, value, size in struct.iter_unpack("<IBBHQQ", table[: len(table) // 24 * 24]):
             kind = info & 15
+            if spent > 4 * names.size:  # linkers share the ends of names, not whole ones
+                raise ValueError("a code object's names overlap")
             if kind == _FUNCTION and size:
-                sizes[_name(content, names.start, names.size, name)] = (value, size)
+                text = _name(content, names.start, names.size, name)
+                sizes[text], spent = (value, size), spent + len(text)
             elif kind == _HSA_KERNEL:
                 text = _name(content, names.start, names.size, name)
                 kernels.add(text)
+                spent += len(text)
                 # The code follows its header of 256 bytes ("Code Object V2" in LLVM's guide).
                 sizes[text] = (value + 256, max(size - 256, 0))
             elif kind == _OBJECT and size == _DESCRIPTOR_BYTES and 0 < index < len(known):
                 text = _name(content, names.start, names.size, name)
+                spent += len(text)
                 if text.endswith(".kd"):
                     kernels.add(text[:-3])
                     entry = _entry(content, known[index], value)
@@ -200,13 +221,20 @@ def _functions(
     borders = sorted(set(starts.values()))
     following = dict(itertools.pairwise(borders))
     found = []
+    # Functions that kernels call say nothing of their own: theirs is what the kernels' is.
+    are_wave32 = bool(entries) and all(is_wave32 for _, is_wave32 in entries.values())
+    left = 4 * sum(section.size for section in code)
     for name, address in starts.items():
         section = next((s for s in code if s.address <= address < s.address + s.size), None)
         if section is None:
             continue
         end = section.address + section.size
-        size = sizes.get(name, (0, 0))[1] or following.get(address, end) - address
+        # Up to the next one: code that lies in two functions is looked at once.
+        size = min(sizes.get(name, (0, 0))[1] or end, following.get(address, end) - address)
         start = section.start + address - section.address
-        is_wave32 = entries.get(name, (0, False))[1]
+        is_wave32 = entries[name][1] if name in entries else are_wave32
+        left -= size
+        if left < 0:
+            raise ValueError("a code object's functions overlap")
         found.append(Function(name, start, min(size, end - address), name in kernels, is_wave32))
     return sorted(found, key=lambda function: function.start)

@@ -17,8 +17,6 @@ _OFFLOAD_BINARY = b"\x10\xff\x10\xad"
 _MOST_IMAGES = 1024
 _STATIC_LIBRARY = b"!<arch>\n"
 _PROGBITS, _LOADED, _EXECUTABLE = 1, 2, 4
-# A bare code object in the midst of other data is not looked for further than this.
-_LARGEST_OBJECT = 64 << 20
 # MIOpen's lists of kernels and times, a line for each convolution: find-db `gfx1030_36.HIP.fdb.txt`, perf-db.
 _RECORDS = re.compile(r"gfx[0-9a-f_]+(?:\.[\w.]+)?\.(?:u?fdb|u?db|cd\.pdb)\.txt$")
 
@@ -98,11 +96,18 @@ def _of_library(content: mmap.mmap) -> list[Part]:
     if not known:  # stripped of its table of sections, it still has the code
         return _of_region(content, 0, len(content))
     found: list[Part] = []
-    for section in known:
+    done = 0
+    for section in sorted(known, key=lambda section: section.start):
+        start, end = max(section.start, done), section.start + section.size  # a spoilt table's may overlap
+        if start >= end:
+            continue
         if section.name == ".llvm.offloading":
-            found.append(Part("offload", section.start, section.start + section.size))
+            found.append(Part("offload", start, end))
         elif section.kind == _PROGBITS and section.flags & _LOADED and not section.flags & _EXECUTABLE:
-            found += _of_region(content, section.start, section.start + section.size)
+            found += _of_region(content, start, end)
+        else:
+            continue
+        done = end
     return found
 
 
@@ -113,7 +118,7 @@ def _of_region(content: mmap.mmap, start: int, end: int) -> list[Part]:
     for part in [*_of_bundles(content, start, end), Part("", end, end)]:
         while (place := bundles.find_first(content, (elf.DEVICE_MAGIC,), place, part.start)) >= 0:
             head = bytes(content[place : min(place + 64, end)])
-            size = elf.length_of(content[place : min(place + _LARGEST_OBJECT, end)]) if elf.target_of(head) else 0
+            size = elf.length_at(content, place, end) if elf.target_of(head) else 0
             if size:
                 found.append(Part("object", place, min(place + size, end)))
             place += max(size, 4)

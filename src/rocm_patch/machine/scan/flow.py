@@ -150,6 +150,8 @@ def _blocks(code: list[Step], targets: set[int]) -> dict[int, list[Step]]:
 
 def _block_of(starts: list[int], target: int) -> int | None:
     """The block that a branch to `target` enters: instructions that do not matter may come before it."""
+    if target < 0:
+        return None
     place = bisect.bisect_left(starts, target)
     return starts[place] if place < len(starts) else None
 

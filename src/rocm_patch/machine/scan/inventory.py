@@ -13,6 +13,8 @@ from rocm_patch.machine.scan.hazards import Examination, Kernel
 
 # What files that cannot be read say; of each library so many are kept.
 _MOST_NOTES = 20
+# Unpacked, of the parts of a file that are read together. A file that says it holds more is made to be a burden.
+_MOST_BYTES = 1 << 34
 
 
 @dataclass
@@ -97,9 +99,13 @@ def read(path: Path, parts: Sequence[files.Part], card: str, examine: Sequence[s
         examine: the targets whose code is examined.
     """
     found = Content()
+    left = _MOST_BYTES
     for part in parts:
         try:
             for piece in files.pieces(path, part):
+                left -= piece.bytes
+                if left < 0:
+                    raise ValueError(f"it holds more than {_MOST_BYTES >> 20} MiB")
                 _count(found, piece, card, examine)
         except compression.CannotReadError as error:
             found.add(Content(notes=[str(error)]))
@@ -118,6 +124,8 @@ def _count(found: Content, piece: files.Piece, card: str, examine: Sequence[str]
     read = elf.read_code_object(piece.code)
     if read is None:
         return
+    if elf.is_cut_off(piece.code):
+        found.add(Content(notes=[f"a code object for {piece.target} is cut off"]))
     amount.kernels += read.kernels
     if piece.target in examine:
         found.examined.setdefault(piece.target, Examination()).add(hazards.examine(piece.code, read, card))

@@ -101,7 +101,7 @@ def formats(generation: str) -> dict[str, bytes]:
         "VOP2": vop2(generation, range(62)),
         "VOPC": _vop(one_of((0x7C, 0x7D)), _ANY, range(256), gen.extra),
         "VOP1": vop1(generation, without=()),
-        "SOP2": rb"[\x80-\xaf]" + _ANY + _scalar_sources(),
+        "SOP2": _sop2(generation),
         "SOPK": _sopk(gen),
         "SOP1": rb"\xbe[\x80-\xff]" + _ANY + rb"(?:[^\xff]|\xff" + _WORD + b")",
         "SOPC": rb"\xbf[\x00-\x7f]" + _scalar_sources(),
@@ -119,6 +119,16 @@ def formats(generation: str) -> dict[str, bytes]:
     else:
         found["VINTRP"] = _four(gen.interpolation) + _ANY + b"{3}"
     return found
+
+
+def _sop2(generation: str) -> bytes:
+    if generation != "gfx11":
+        return rb"[\x80-\xaf]" + _ANY + _scalar_sources()
+    # s_fmaak_f32 (0x45) and s_fmamk_f32 (0x46) of gfx11.5 always have a literal: opcodes are bits 29 to 23.
+    heads = rb"\xa2[\x80-\xff]|\xa3[\x00-\x7f]"
+    return (
+        b"(?:(?:" + heads + b")" + _ANY + b"{6}|(?!" + heads + rb")[\x80-\xaf]" + _ANY + _scalar_sources() + b")"
+    )  # fmt: skip
 
 
 def _scalar_sources() -> bytes:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from rocm_patch._version import __version__
 from rocm_patch.machine import catalog
@@ -34,7 +35,7 @@ CREATE TABLE IF NOT EXISTS file (
     PRIMARY KEY (path, question)
 ) WITHOUT ROWID
 """
-_TIMEOUT_SECONDS = 10.0
+_TIMEOUT_SECONDS, _PATIENCE_SECONDS = 10.0, 0.5
 _LARGEST = 1 << 28
 
 
@@ -91,7 +92,7 @@ class Kept:
         self._path = cache_folder(environ) / "scan.sqlite3"
         self._question = f"{card}|{','.join(examined_targets(card, reported))}|{_rules()}"
         self._database: sqlite3.Connection | None = None
-        self._is_usable = True
+        self._is_usable, self._can_write = True, False
 
     def read(self, path: Path, identity: str) -> Content | None:
         """What is remembered of a file that has not changed."""
@@ -100,7 +101,7 @@ class Kept:
             database = self._open(is_to_write=False)
             row = database and database.execute(query, (_key(path), self._question, identity)).fetchone()
             return _unpacked(row[0]) if row else None
-        except (sqlite3.Error, ValueError, zlib.error) as error:
+        except (sqlite3.Error, OSError, ValueError, zlib.error) as error:
             self._give_up(error)
             return None
 
@@ -119,13 +120,14 @@ class Kept:
             for place in map(real_path, places):
                 # Everything below a folder sorts between its name with a slash and with what follows a slash.
                 name = _key(place)
-                start, end = (f"{name}/", f"{name}0") if place.is_dir() else (name, f"{name}\0")
+                is_folder = os.path.isdir(place)  # noqa: PTH112  (Path's may raise)
+                start, end = (f"{name}/", f"{name}0") if is_folder else (name, f"{name}\0")
                 for path, identity, text in database.execute(query, (self._question, start, end)):
                     if identity == identity_of(Path(path)):
                         is_known, sums = True, json.loads(text)
                         for count, bad in (sums.get(target, (0, 0)) for target in catalog.targets_of(chip)):
                             examined, harmful = examined + count, harmful + bad
-        except (sqlite3.Error, ValueError, TypeError, AttributeError) as error:
+        except (sqlite3.Error, OSError, ValueError, TypeError, AttributeError) as error:
             self._give_up(error)
         return Harm(examined, harmful) if is_known else None
 
@@ -146,7 +148,7 @@ class Kept:
             if database is not None:
                 with database:
                     database.executemany("INSERT OR REPLACE INTO file VALUES (?, ?, ?, ?, ?)", rows)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             self._give_up(error)
 
     def close(self) -> None:
@@ -156,23 +158,32 @@ class Kept:
             self._database = None
 
     def _open(self, is_to_write: bool) -> sqlite3.Connection | None:
-        if self._database is None and self._is_usable and (is_to_write or self._path.exists()):
-            try:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                self._give_up(error)
-                return None
-            database = sqlite3.connect(self._path, timeout=_TIMEOUT_SECONDS)
-            self._database = database
-            if database.execute("PRAGMA user_version").fetchone()[0] not in (0, _SCHEMA_VERSION):
+        if not self._is_usable or (self._database is not None and self._can_write >= is_to_write):
+            return self._database
+        self.close()
+        if is_to_write:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._database = database = sqlite3.connect(self._path, timeout=_TIMEOUT_SECONDS)
+            if database.execute("PRAGMA user_version").fetchone()[0] != _SCHEMA_VERSION:
                 database.execute("DROP TABLE IF EXISTS file")
-            database.execute(_SCHEMA)
-            database.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
+                database.execute(_SCHEMA)
+                database.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
+        elif os.path.exists(self._path):  # noqa: PTH110  (Path's raises where the folder is closed)
+            # Every program whose variables are planned may ask: nothing is written, nobody waited for.
+            address = f"file:{quote(os.fsencode(self._path))}?mode=ro"
+            database = sqlite3.connect(address, uri=True, timeout=_PATIENCE_SECONDS)
+            if database.execute("PRAGMA user_version").fetchone()[0] == _SCHEMA_VERSION:
+                self._database = database
+            else:
+                database.close()
+        self._can_write = is_to_write
         return self._database
 
     def _give_up(self, error: Exception) -> None:
         if self._is_usable:
-            LOGGER.warning("scans are not remembered: %s: %s\nhint: rm %s", self._path, error, self._path)
+            is_spoilt = isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
+            hint = f"\nhint: rm {self._path}" if is_spoilt else ""
+            LOGGER.warning("scans are not remembered: %s: %s%s", self._path, error, hint)
         self._is_usable = False
         self.close()
 

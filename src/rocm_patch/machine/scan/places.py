@@ -25,6 +25,7 @@ _IN_HOME = (".cache/miopen", ".config/miopen", ".triton/cache", ".cache/rocm-pat
 _NEVER_CODE = frozenset(
     (".py", ".pyc", ".pyi", ".h", ".hpp", ".cuh", ".inl", ".md", ".rst", ".json", ".yaml", ".yml", ".cmake", ".html")
 )
+_CHIP = re.compile(r"gfx[0-9][0-9a-f]+(?:[:-](?:xnack|sramecc)[+-])*")
 _SHARED = re.compile(r"\.so(?:\.[\d.]+)?$")
 # Folders whose files make one library together, and its name. Debian has a version in some.
 _TOGETHER = tuple(
@@ -72,7 +73,7 @@ def default_places(torch: Path | None, environ: Mapping[str, str], root: str = "
     places += [home / name for name in _IN_HOME]
     places += [Path(environ[name]) for name in ("TRITON_CACHE_DIR", "MIOPEN_CUSTOM_CACHE_DIR") if environ.get(name)]
     places += sorted(Path(root).glob(f"tmp/torchinductor_{environ.get('USER', '')}*")) if environ.get("USER") else []
-    return [place for place in places if place.exists()]
+    return [place for place in places if os.path.exists(place)]  # noqa: PTH110  (Path's may raise)
 
 
 def files(places: Iterable[Path]) -> Iterator[Found]:
@@ -96,7 +97,7 @@ def files(places: Iterable[Path]) -> Iterator[Found]:
 
 
 def _below(place: Path) -> Iterator[Path]:
-    if not place.is_dir():
+    if not os.path.isdir(place):  # noqa: PTH112  (Path's may raise)
         yield place
         return
     for folder, folders, names in os.walk(place):
@@ -107,10 +108,10 @@ def _below(place: Path) -> Iterator[Path]:
 
 
 def _library_of(path: Path) -> tuple[str, Path]:
-    if _SHARED.search(path.name):
-        return path.name, path
     for pattern, name in _TOGETHER:
         found = pattern.match(path.as_posix())
-        if found:
+        if found and not _SHARED.search(path.name):
             return name, Path(found[1])
-    return path.name, path
+    # One file for each chip: rocfft_kernel_cache_gfx1030.db, torch_gfx1010.kpack.
+    common = _CHIP.sub("gfx*", path.name)
+    return common, path.with_name(common)

@@ -20,7 +20,7 @@ from rocm_patch.machine.scan.kept import Kept, examined_targets
 
 # Processes side by side: each may hold one bundle unpacked, and all together are to stay below 1 GiB.
 _MOST_JOBS = 4
-_WORKER_BYTES = 1 << 30
+_WORKER_BYTES = 3 << 29
 _TASK_BYTES = 16 << 20
 # Below this a process of its own costs more than it brings.
 _ALONE_BYTES = 8 << 20
@@ -190,7 +190,8 @@ def scan(
     for file in found:
         content = contents[file.path]
         if content.targets or content.notes:
-            if file.path in read:
+            # What could not be read today may be readable tomorrow: only what is whole is remembered.
+            if file.path in read and not content.notes:
                 new.append((file.path, file.identity, content))
             library = libraries.setdefault((file.library, file.folder), Library(file.library, file.folder))
             library.files += 1
@@ -266,7 +267,8 @@ def _limit() -> None:
     import resource
 
     _, most = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (_WORKER_BYTES, most))
+    least = _WORKER_BYTES if most == resource.RLIM_INFINITY else min(_WORKER_BYTES, most)
+    resource.setrlimit(resource.RLIMIT_DATA, (least, most))
 
 
 __all__ = ["Amount", "Content", "Library", "Question", "Scan", "scan"]

@@ -27,11 +27,28 @@ _PERMLANES = (0x377, 0x378)  # v_permlane16_b32, v_permlanex16_b32
 _WIDE_SOP1 = {
     0x04, 0x06, 0x08, 0x0A, 0x0C, 0x1C, 0x1E, 0x1F, 0x21, *range(0x24, 0x2C), 0x2D, 0x2F, 0x31, *range(0x37, 0x3C),
 }  # fmt: skip
-_SAVEEXEC = {*range(0x24, 0x2C), *range(0x37, 0x3B), *range(0x3C, 0x47)}
+_SAVEEXEC = {*range(0x24, 0x2C), *range(0x37, 0x3B), *range(0x3C, 0x48)}
 _WIDE_SOP2 = {0x0B, *range(0x0F, 0x24, 2), 0x25, 0x29, 0x2A}
 _NO_RESULT_SOPK = {*range(0x03, 0x0F), 0x13, 0x15}  # comparisons, s_setreg
-_SMEM_WORDS = {0: 1, 1: 2, 2: 4, 3: 8, 4: 16, 5: 1, 6: 2, 7: 4, 8: 1, 9: 2, 10: 4, 11: 8, 12: 16, 0x24: 2, 0x25: 2}
-_DS_WITH_M0 = {*range(0x18, 0x1E), 0xBD, 0xBE, 0xBF}
+_SMEM_WORDS = {
+    0: 1,
+    1: 2,
+    2: 4,
+    3: 8,
+    4: 16,
+    5: 1,
+    6: 2,
+    7: 4,
+    8: 1,
+    9: 2,
+    10: 4,
+    11: 8,
+    12: 16,
+    0x24: 2,
+    0x25: 2,
+    0x2A: 1,
+}
+_DS_WITH_M0 = {*range(0x18, 0x1E), 0x3D, 0x3E, 0x3F, 0xB0, 0xB1}  # GWS, consume, append, ordered count, addtid
 _INVALIDATES = (0x71, 0x72)  # buffer_gl0_inv, buffer_gl1_inv: no resource, no offset
 _CONDITIONAL = {*range(0x04, 0x0A), *range(0x17, 0x1B)}
 _ENDS = {0x01, 0x1B, 0x1E}
@@ -138,16 +155,20 @@ def _meaning(code: bytes, pair: int) -> _Meaning | None:
     if 0xF4 <= top < 0xF8:
         return _smem(word, second)
     if 0xF0 <= top < 0xF4:
-        reads = _bits(second >> 14 & 0x7C, 8) | _bits(second >> 19 & 0x7C, 4)
+        # Loads, stores and atomics, which come before sampling in the list of opcodes, use no sampler.
+        sampler = _bits(second >> 19 & 0x7C, 4) if 0x20 <= word >> 18 & 0x7F < 0x66 else 0
+        reads = _bits(second >> 14 & 0x7C, 4 if word & 0x8000 or word >> 18 & 0x7F >= 0x66 else 8) | sampler
         return IMAGE, reads, 0, len(code) >= 16, False
     if 0xE0 <= top < 0xE4 and word >> 18 & 0x7F in _INVALIDATES:
         return BUFFER, 0, 0, False, False
     if 0xE0 <= top < 0xEC:
-        return BUFFER, _bits(second >> 14 & 0x7C, 4) | _bits(second >> 24, 1), 0, bool(word & 6), False
+        reads = _bits(second >> 14 & 0x7C, 4) | _bits(second >> 24, 1) | (1 << _M0 if word & 0x10000 else 0)  # to LDS
+        return BUFFER, reads, 0, bool(word & 6), False
     if 0xDC <= top < 0xE0:
         return _flat(word, second)
     if 0xD8 <= top < 0xDC:
-        return LDS, 1 << _M0 if word >> 18 & 255 in _DS_WITH_M0 else 0, 0, False, False
+        has_m0 = word >> 18 & 255 in _DS_WITH_M0 or bool(word & 1 << 17)  # the second is GDS
+        return LDS, 1 << _M0 if has_m0 else 0, 0, False, False
     return None  # interpolation and packed instructions behind a full run
 
 
@@ -200,7 +221,7 @@ def _sop1(word: int) -> _Meaning:
     opcode = word >> 8 & 255
     if opcode in (0x20, 0x22):  # s_setpc_b64, s_rfe_b64
         return END, 0, 0, False, False
-    written = 0 if opcode == 0x2E else _bits(word >> 16 & 0x7F, 2 if opcode in _WIDE_SOP1 else 1)  # s_cbranch_join
+    written = _bits(word >> 16 & 0x7F, 2 if opcode in _WIDE_SOP1 else 1)
     return SCALAR, 0, written, word & 0xFE == 126 or opcode in _SAVEEXEC, False
 
 
@@ -244,5 +265,5 @@ def _flat(word: int, second: int) -> _Meaning:
     segment, register = word >> 14 & 3, second >> 16 & 0x7F
     width = 0 if register == 127 else (0, 1, 2, 0)[segment]
     offset = word & 0xFFF  # signed
-    is_spoilt = segment == 1 and register in (NULL, 127) and bool(offset & 0x800) and bool(offset & 3)
+    is_spoilt = segment == 1 and bool(offset & 0x800) and bool(offset & 3)
     return FLAT, _bits(register, width), 0, segment == 0 and bool(offset), is_spoilt
