@@ -1,6 +1,7 @@
 """Every strategy against float64, in all three directions."""
 
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -46,6 +47,21 @@ def relative_error(result, exact):
     return ((result.double() - exact).norm() / exact.norm().clamp_min(1e-300)).item()
 
 
+@cache
+def error_of_products(dtype, length):
+    """The relative error of torch's own product over so many terms, which no strategy can be better than.
+
+    torch 1.13 adds bfloat16 up in bfloat16 where the processor has no AVX-512: 6.5e-2 over 1764 terms, seen on an AMD
+    EPYC with AVX2. Everywhere else it is below 2e-3.
+    """
+    if dtype is not torch.bfloat16:
+        return 0.0
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(1, 4, length, generator=generator).to(dtype)
+    second = torch.randn(1, length, 3, generator=generator).to(dtype)
+    return relative_error(torch.bmm(first, second), torch.bmm(first.double(), second.double()))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
 def test_strategies_agree_with_float64(case, dtype):
@@ -64,7 +80,8 @@ def test_strategies_agree_with_float64(case, dtype):
                     assert result.shape == spec.result
                     assert result.dtype == dtype
                     error = relative_error(result, exact[direction])
-                    assert error <= strategy.rtol[name], (strategy.name, str(spec), budget, error)
+                    bound = max(strategy.rtol[name], 2 * error_of_products(dtype, math.prod(spec.out)))
+                    assert error <= bound, (strategy.name, str(spec), budget, error)
 
 
 def test_the_last_strategy_rejects_nothing():

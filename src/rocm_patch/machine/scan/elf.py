@@ -223,7 +223,6 @@ def _functions(
     found = []
     # Functions that kernels call say nothing of their own: theirs is what the kernels' is.
     are_wave32 = bool(entries) and all(is_wave32 for _, is_wave32 in entries.values())
-    left = 4 * sum(section.size for section in code)
     for name, address in starts.items():
         section = next((s for s in code if s.address <= address < s.address + s.size), None)
         if section is None:
@@ -233,8 +232,5 @@ def _functions(
         size = min(sizes.get(name, (0, 0))[1] or end, following.get(address, end) - address)
         start = section.start + address - section.address
         is_wave32 = entries[name][1] if name in entries else are_wave32
-        left -= size
-        if left < 0:
-            raise ValueError("a code object's functions overlap")
         found.append(Function(name, start, min(size, end - address), name in kernels, is_wave32))
     return sorted(found, key=lambda function: function.start)

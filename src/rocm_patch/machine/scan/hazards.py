@@ -111,21 +111,28 @@ def examine(code: bytes, read: CodeObject, card: str) -> Examination:
         found.undecoded = len(read.functions)
         return found
     rules = rules_for(card, read.target)
+    known: dict[tuple[int, int, bool], dict[str, int]] = {}  # linkers give equal kernels one code
     for function in read.functions:
         found.examined += 1
         found.called += not function.is_kernel
-        words = isa.big_endian(code[function.start : function.start + function.size]) if rules else b""
-        if not words:
-            continue
-        places = _single(words, rules, generation)
-        if any(rule.check for rule in rules):
-            for check, where in flow.find(words, function.is_wave32).items():
-                for rule in rules:
-                    if rule.check == check:
-                        places[rule.id] = places.get(rule.id, 0) + len(where)
-        if places:
-            found.add(_of_one(Kernel(function.name, places), rules))
+        key = (function.start, function.size, function.is_wave32)
+        if key not in known:
+            words = isa.big_endian(code[function.start : function.start + function.size]) if rules else b""
+            known[key] = _places(words, rules, generation, function.is_wave32) if words else {}
+        if known[key]:
+            found.add(_of_one(Kernel(function.name, dict(known[key])), rules))
     return found
+
+
+def _places(words: bytes, rules: Sequence[Hazard], generation: str, is_wave32: bool) -> dict[str, int]:
+    """Rule to the number of places in one function's code."""
+    places = _single(words, rules, generation)
+    if any(rule.check for rule in rules):
+        for check, where in flow.find(words, is_wave32).items():
+            for rule in rules:
+                if rule.check == check:
+                    places[rule.id] = places.get(rule.id, 0) + len(where)
+    return places
 
 
 def _of_one(kernel: Kernel, rules: Iterable[Hazard]) -> Examination:
