@@ -5,13 +5,13 @@ import json
 import os
 import struct
 import time
-import zlib
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from builds import bundle, torch_build, torch_folder
+from code_objects import compressed
 from conftest import ROOT
 from rocm_patch.machine.build import find_build, find_libraries, read_build, version_numbers
 from rocm_patch.machine.device_code import cached_targets_of, targets_of
@@ -52,19 +52,6 @@ def test_no_device_code(tmp_path):
         targets_of(tmp_path / "missing.so")
 
 
-def compressed(payload, version, method=0):
-    body = zlib.compress(payload) if method == 0 else payload
-    head = b"CCOB" + struct.pack("<HH", version, method)
-    if version == 1:
-        head += struct.pack("<IQ", len(payload), 0)
-    elif version == 2:
-        head += struct.pack("<IIQ", 24 + len(body), len(payload), 0)
-    else:
-        head += struct.pack("<QQQ", 32 + len(body), len(payload), 0)
-    whole = head + body
-    return whole.ljust(-(-len(whole) // 4096) * 4096, b"\0")
-
-
 @pytest.mark.parametrize("version", [1, 2, 3])
 def test_compressed_bundles(tmp_path, version):
     path = tmp_path / "lib.so"
@@ -76,7 +63,7 @@ def test_compressed_bundles(tmp_path, version):
 
 def test_a_compression_that_this_python_cannot_read(tmp_path):
     path = tmp_path / "lib.so"
-    path.write_bytes(compressed(b"\x28\xb5\x2f\xfd" + bytes(60), 3, method=1))
+    path.write_bytes(b"CCOB" + struct.pack("<HHQQQ", 3, 1, 96, 64, 0) + b"\x28\xb5\x2f\xfd" + bytes(60))
     assert targets_of(path) == frozenset()
 
 

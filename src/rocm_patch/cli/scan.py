@@ -39,9 +39,7 @@ def scan(
         bool, typer.Option("--kernels", help="Name every kernel that has something against it.")
     ] = False,
     again: Annotated[bool, typer.Option("--again", help="Read what has been read before too.")] = False,
-    jobs: Annotated[
-        int, typer.Option(min=0, max=4, help="Processes side by side; one per processor by default.")
-    ] = 0,
+    jobs: Annotated[int, typer.Option(min=0, max=4, help="Processes side by side, up to 4; 2 by default.")] = 0,
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit 1 unless all of it can be loaded and is clean.")
     ] = False,

@@ -23,7 +23,7 @@ _TARGET = re.compile(rb"amdgcn-amd-amdhsa-(?:[a-z]*-)?(gfx[0-9a-z-]*[0-9a-z])|(a
 _LONGEST_NAME = 300
 _TABLE_BYTES = 16 * 1024  # the header and a table of 200 targets
 _MOST_ENTRIES = 1024
-# A bundle is what one source file compiles to, for every target. The largest seen take some 100 MB.
+# A bundle is what one source file compiles to, for every target: far less.
 LARGEST = 1 << 30
 
 

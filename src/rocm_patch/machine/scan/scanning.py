@@ -15,11 +15,12 @@ from rocm_patch.machine import catalog
 from rocm_patch.machine.fit import OVERRIDE, override_target
 from rocm_patch.machine.scan import files, inventory, places
 from rocm_patch.machine.scan.hazards import Examination
-from rocm_patch.machine.scan.inventory import Amount, Content
+from rocm_patch.machine.scan.inventory import Content
 from rocm_patch.machine.scan.kept import Kept, examined_targets
 
-# Processes side by side: each may hold one bundle unpacked, and all together are to stay below 1 GiB.
-_MOST_JOBS = 4
+# Processes side by side unless more are asked for: each holds one bundle unpacked, and with two of them all together
+# stayed below 1 GiB over the builds of docs/REAL_BUILDS.md.
+_JOBS, _MOST_JOBS = 2, 4
 _WORKER_BYTES = 3 << 29
 _TASK_BYTES = 16 << 20
 # Below this a process of its own costs more than it brings.
@@ -157,7 +158,7 @@ def scan(
         environ: says where the cache is.
         progress: called with bytes done and bytes in all.
         again: read everything, whatever is remembered.
-        jobs: processes side by side; 0 for one per processor, at most four.
+        jobs: processes side by side, at most four; 0 for two, or one on a single processor.
         only_remembered: read no file.
     """
     kept = Kept(environ, question.card, question.reported)
@@ -181,7 +182,7 @@ def scan(
             contents[file.path].notes.append(str(error))
     total, done = sum(task.bytes for task in tasks), 0
     tasks.sort(key=lambda task: -task.bytes)  # a long one at the end would be waited for
-    for task, content in _run(tasks, min(jobs or os.cpu_count() or 1, _MOST_JOBS)):
+    for task, content in _run(tasks, min(jobs or min(os.cpu_count() or 1, _JOBS), _MOST_JOBS)):
         contents[task.path].add(content)
         done += task.bytes
         if progress is not None:
@@ -269,6 +270,3 @@ def _limit() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_DATA)
     least = _WORKER_BYTES if most == resource.RLIM_INFINITY else min(_WORKER_BYTES, most)
     resource.setrlimit(resource.RLIMIT_DATA, (least, most))
-
-
-__all__ = ["Amount", "Content", "Library", "Question", "Scan", "scan"]
