@@ -59,7 +59,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--batch", type=int, required=True)
 arguments = parser.parse_args(["--batch", "3"] if len(sys.argv) == 1 else None)
 torch.manual_seed(0)
-train(DataLoader(Points(), arguments.batch, num_workers=2, worker_init_fn=lambda w: print("worker", file=sys.stderr)))
+train(DataLoader(Points(), arguments.batch, num_workers=2, worker_init_fn=lambda w: sys.stderr.write("worker\\n")))
 """,
     "dataclass": f"""{POINTS}{TRAIN}
 @dataclasses.dataclass(frozen=True)
