@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import importlib
 import os
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torchvision_operators
 from model_small import SMALL
 from torch import nn
 
@@ -40,71 +40,10 @@ class Called(nn.Module):
 
 
 def install_missing_operators() -> None:
-    """What torchvision lacks where its C++ part does not fit this torch: `nms` and `roi_align`.
-
-    Its own stand-in for the latter compiles itself, and gathers gigabytes. Also what has to be set before these
-    packages are imported.
-    """
+    """What has to be set before these packages are imported, and what torchvision may lack."""
     os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.gettempdir())
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if not hasattr(torch.ops.torchvision, "nms"):
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        _KEPT.append(library)
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import torchvision
-
-    if not torchvision.extension._has_ops():
-        library.impl("nms", nms, "CompositeExplicitAutograd")
-        sys.modules["torchvision.ops.boxes"]._assert_has_ops = lambda: None
-        sys.modules["torchvision.ops.roi_align"]._roi_align = roi_align
-
-
-_KEPT: list[Any] = []
-
-
-def nms(boxes: torch.Tensor, scores: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Indices of boxes (N, 4) kept, by falling score: each drops the later ones that overlap it by more."""
-    order = scores.argsort(descending=True, stable=True)
-    boxes = boxes[order]
-    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-    sizes = torch.minimum(boxes[:, None, 2:], boxes[None, :, 2:]) - torch.maximum(
-        boxes[:, None, :2], boxes[None, :, :2]
-    )
-    shared = sizes.clamp(min=0).prod(2)
-    overlaps = shared > threshold * (areas[:, None] + areas[None] - shared)
-    dropped = torch.zeros(len(order), dtype=torch.bool, device=boxes.device)
-    for number in range(len(order)):
-        if not dropped[number]:
-            dropped[number + 1 :] |= overlaps[number, number + 1 :]
-    return order[~dropped]
-
-
-def roi_align(
-    image: torch.Tensor, rois: torch.Tensor, scale: float, height: int, width: int, samples: int, aligned: bool
-) -> torch.Tensor:
-    """Boxes (K, 5: batch number, x, y, x, y) of image (N, C, H, W), resampled to (K, C, height, width).
-
-    A bin is the mean of `samples` times `samples` bilinear samples (with -1, about one per pixel of the image), so it
-    is a product with one matrix per axis.
-    """
-
-    def axis(low: torch.Tensor, high: torch.Tensor, bins: int, size: int) -> torch.Tensor:
-        low, high = (scale * edge - 0.5 * aligned for edge in (low, high))
-        extent = high - low if aligned else (high - low).clamp(min=1)
-        counts = torch.full_like(extent, samples) if samples > 0 else (extent / bins).ceil().clamp(min=1)
-        numbers = torch.arange(int(counts.max()) if len(rois) else 1, device=image.device).to(image)
-        starts = torch.arange(bins, device=image.device)[:, None]
-        places = starts + (numbers + 0.5) / counts[:, None, None]  # (K, bins, samples), in bins
-        at = low[:, None, None] + places * (extent / bins)[:, None, None]
-        counted = (at >= -1) & (at <= size) & (numbers < counts[:, None, None])
-        distance = at.clamp(0, size - 1)[..., None] - torch.arange(size, device=image.device)
-        weights = (1 - distance.abs()).clamp(min=0) * counted[..., None]
-        return weights.sum(2) / counts[:, None, None]
-
-    rows = axis(rois[:, 2], rois[:, 4], height, image.shape[2])
-    columns = axis(rois[:, 1], rois[:, 3], width, image.shape[3])
-    return rows[:, None] @ image[rois[:, 0].long()] @ columns[:, None].transpose(2, 3)
+    torchvision_operators.on_import()
 
 
 def torchvision_model(name: str, where: str = "", **options: Any) -> nn.Module:
