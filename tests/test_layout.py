@@ -76,7 +76,7 @@ def test_importing_does_nothing():
         "assert 'torch' not in sys.modules\n"
         "assert dict(os.environ) == before\n"
         "assert multiprocessing.get_start_method(allow_none=True) is None\n"
-        "assert rocm_patch.__version__ == patches.__version__ == '1.1.0'\n"
+        "assert rocm_patch.__version__ == patches.__version__ != ''\n"
     )
     done = python("-c", code)
     assert done.stdout == done.stderr == ""
