@@ -3,6 +3,7 @@
 # make check  lint and types
 # make site   build the documentation
 # make dist   build the packages, and check them
+# make test-programs  other people's programs, natively and patched: an hour on 2 cores (docs/PROGRAMS.md)
 
 PYTHON ?= python3
 # A smaller CPU build of torch, where it can be reached: make test TORCH='torch==2.13.0 --index-url ...'
@@ -17,6 +18,7 @@ PARALLEL ?= -n 2 --dist worksteal
 
 VENV := .venv
 LEGACY_VENV := .venv-torch113
+PROGRAMS_VENV := .venv-programs
 HAS_LEGACY := $(shell $(LEGACY_PYTHON) -c "import torch; print(torch.__version__.startswith('1.13'))" 2>/dev/null)
 
 .PHONY: demo test check site dist clean
@@ -36,6 +38,10 @@ endif
 test-torch113: $(LEGACY_VENV)/ready
 	$(LEGACY_VENV)/bin/python -m pytest $(PARALLEL) -m "not alone"
 	$(LEGACY_VENV)/bin/python -m pytest -m alone
+
+.PHONY: test-programs
+test-programs: $(PROGRAMS_VENV)/ready
+	$(PROGRAMS_VENV)/bin/python tests/programs/run.py --out .artifacts/programs_cpu.json $(PROGRAMS)
 
 check: $(VENV)/ready
 	$(VENV)/bin/ruff check .
@@ -70,5 +76,12 @@ dist: $(VENV)/ready
 	$(VENV)/bin/twine check --strict dist/*
 	$(VENV)/bin/check-wheel-contents dist/*.whl
 
+# The runner brings what the programs need.
+$(PROGRAMS_VENV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(PROGRAMS_VENV)
+	$(PROGRAMS_VENV)/bin/python -m pip install -q $(TORCH)
+	$(PROGRAMS_VENV)/bin/python -m pip install -q -e .
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(LEGACY_VENV) .outcomes .triton dist site
+	rm -rf $(VENV) $(LEGACY_VENV) .outcomes .triton dist site $(PROGRAMS_VENV)
