@@ -18,6 +18,7 @@ runner = importlib.util.module_from_spec(_spec)
 sys.modules["programs_run"] = runner
 _spec.loader.exec_module(runner)
 PROGRAMS = runner.programs()
+PAGE = ROOT / "docs" / "PROGRAMS.md"
 
 
 def source(program):
@@ -154,3 +155,10 @@ def test_a_program_that_is_not_there_or_has_no_head_is_named(tmp_path):
             env=clean_environ(), capture_output=True, text=True, timeout=60,
         )  # fmt: skip
         assert done.returncode == 2 and message in done.stderr and "hint: " in done.stderr, done.stderr
+
+
+def test_the_page_names_every_program_and_has_the_table_of_the_summary():
+    page = PAGE.read_text()
+    summary = json.loads((ROOT / "benchmarks" / "results" / "programs_cpu.json").read_text())
+    assert summary["programs"].keys() == PROGRAMS.keys()
+    assert runner.table(summary) in page

@@ -8,9 +8,9 @@
 # ]
 #
 # [tool.programs]
-# about = "accelerate: two processes by `accelerate launch`, gradients accumulated and reduced, metrics gathered"
+# about = "accelerate, by `accelerate launch`: its loaders with workers, accumulated and clipped gradients, metrics"
 # command = [
-#   "accelerate", "launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+#   "accelerate", "launch", "--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
 #   "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", "{program}",
 # ]
 # rtol = 1e-3
@@ -73,7 +73,7 @@ def main():
     model, optimizer, train_loader, eval_loader, scheduler = accelerator.prepare(
         model, optimizer, train_loader, eval_loader, scheduler
     )
-    accelerator.print(f"{accelerator.num_processes} processes, {accelerator.distributed_type}")
+    accelerator.print(f"{accelerator.num_processes} process, {accelerator.distributed_type}")
     for epoch in range(2):
         model.train()
         for step, (signals, labels) in enumerate(train_loader):

@@ -1,4 +1,4 @@
-"""Other people's programs, unmodified, natively and under `rocm-patch run`: do both print the same?
+"""Programs as other people write them, natively and under `rocm-patch run`: do both print the same?
 
     python tests/programs/run.py                             every program, on the CPU
     python tests/programs/run.py vocoder --no-install        one, with what is installed
@@ -403,7 +403,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--no-install", action="store_true", help="use what is installed")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the summary there, as JSON")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="write the summary there, as JSON; with names it is added to"
+    )
     parser.add_argument("--list", action="store_true", help="name the programs and leave")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="programs at once")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of a program; 1 if not given")
@@ -432,6 +434,10 @@ def run(chosen: list[Program], options: argparse.Namespace) -> int:
     summary: dict[str, Any] = {
         "versions": versions(options.device, options.threads), "device": options.device, "programs": {},
     }  # fmt: skip
+    if options.names and options.out and options.out.exists():
+        earlier = json.loads(options.out.read_text())
+        if earlier["versions"] == summary["versions"] and earlier["device"] == summary["device"]:
+            summary = earlier
 
     def one(program: Program) -> dict[str, Any]:
         return examine(program, options)
@@ -447,7 +453,7 @@ def run(chosen: list[Program], options: argparse.Namespace) -> int:
                 print("\n".join(f"        | {line}" for line in row["tail"]), flush=True)
             if options.out:
                 _write(options.out, summary)
-    failed = [name for name, row in summary["programs"].items() if "failed" in row]
+    failed = [program.name for program in chosen if "failed" in summary["programs"][program.name]]
     print(f"{len(chosen) - len(failed)} of {len(chosen)} programs do as they do natively {failed or ''}")
     return 1 if failed else 0
 

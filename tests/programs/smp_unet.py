@@ -53,7 +53,7 @@ def main():
         model = smp.create_model(arch, encoder_name="resnet18", encoder_weights=None, in_channels=3, classes=1)
         model = model.to(args.device)
         loss_fn = smp.losses.DiceLoss(mode="binary", from_logits=True)
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0001, momentum=0.9)
         train_loader = DataLoader(Cells(16, 1), batch_size=4, shuffle=True, num_workers=2)
         valid_loader = DataLoader(Cells(4, 2), batch_size=4, num_workers=2)
         print(arch)
@@ -65,16 +65,17 @@ def main():
             optimizer.step()
             print(f"step {step} dice loss {loss.item():.6f}")
         model.eval()
-        counts, losses = [], []
+        counts, losses, means = [], [], []
         with torch.no_grad():
             for batch in valid_loader:
                 mask = batch["mask"].to(args.device)
                 logits = model(batch["image"].to(args.device))
                 losses.append(loss_fn(logits, mask).item())
+                means.append(logits.sigmoid().mean().item())
                 counts.append(smp.metrics.get_stats(logits.sigmoid() > 0.5, mask.long(), mode="binary"))
         tp, fp, fn, tn = (torch.cat(parts) for parts in zip(*counts, strict=True))
         iou = smp.metrics.iou_score(tp, fp, fn, tn, reduction="micro")
-        print(f"validation dice loss {sum(losses) / len(losses):.6f} IoU {iou:.4f}")
+        print(f"validation dice loss {sum(losses) / len(losses):.6f} mean probability {means[0]:.6f} IoU {iou:.2f}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@
 # devices = ["cpu", "cuda"]
 # rtol = 1e-3
 # atol = 1e-4
-# routes = 100
+# routes = 80
 # ///
 import argparse
 
@@ -48,8 +48,8 @@ def main():
     for build in (r3d_18, r2plus1d_18):
         torch.manual_seed(0)
         model = build(weights=None, num_classes=4).to(args.device)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.002, momentum=0.9)
-        loader = DataLoader(MovingSquares(8), batch_size=2, shuffle=True, num_workers=2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0002, momentum=0.9)
+        loader = DataLoader(MovingSquares(16), batch_size=4, shuffle=True, num_workers=2)
         print(build.__name__)
         model.train()
         for step, (clips, labels) in enumerate(loader):
@@ -62,8 +62,8 @@ def main():
         model.eval()
         with torch.inference_mode():
             logits = model(torch.stack([MovingSquares(16)[n][0] for n in range(2)]).to(args.device)).cpu()
-        for row in logits.tolist():
-            print("logits", " ".join(f"{value:.6g}" for value in row))
+        for row in logits.softmax(1).tolist():
+            print("probabilities", " ".join(f"{value:.6g}" for value in row))
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def main():
     )
     model.train(data=str(data), epochs=2, imgsz=96, batch=8, name="detect", close_mosaic=1, **common)
     for number, items in enumerate(losses):
-        print("batch", number, "losses", " ".join(f"{value.item():.5f}" for value in items))
+        print("batch", number, "losses", " ".join(f"{float(value):.5f}" for value in items))
     show(work / "detect" / "results.csv")
 
     trained = YOLO(work / "detect" / "weights" / "last.pt")
