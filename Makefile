@@ -3,7 +3,7 @@
 # make check  lint and types
 # make site   build the documentation
 # make dist   build the packages, and check them
-# make test-programs  other people's programs, natively and patched: an hour on 2 cores (docs/PROGRAMS.md)
+# make test-programs  other people's programs, natively and patched: half an hour on 2 cores
 
 PYTHON ?= python3
 # A smaller CPU build of torch, where it can be reached: make test TORCH='torch==2.13.0 --index-url ...'
