@@ -165,6 +165,25 @@ def test_what_packages_print_when_they_are_imported_is_printed_once(tmp_path):
     assert python(str(script), "ours").stdout == "good morning\nhour 0\nhour 1\n[0, 1]\n"
 
 
+def test_a_worker_of_a_deterministic_program_is_so_too_and_imports_no_compiler(tmp_path):
+    """torch.use_deterministic_algorithms does, in torch 2.13, which took seconds of each worker of ultralytics."""
+    (tmp_path / "train.py").write_text(
+        IMPORTS
+        + textwrap.dedent("""
+        class D(Dataset):
+            def __len__(self): return 2
+            def __getitem__(self, i):
+                return (torch.are_deterministic_algorithms_enabled(),
+                        torch.is_deterministic_algorithms_warn_only_enabled(), "torch._inductor" in sys.modules)
+        if __name__ == "__main__":
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            print(list(DataLoader(D(), batch_size=None, num_workers=2)))
+        """)
+    )
+    done = python("train.py", "ours", cwd=tmp_path)
+    assert done.stdout.strip() == str([[True, True, False]] * 2)  # the loader makes lists of tuples
+
+
 def test_workers_of_a_program_that_became_somebody_else(tmp_path):
     """Niceness and groups that it has taken since its server was started."""
     script = tmp_path / "train.py"

@@ -205,10 +205,21 @@ def _apply_to_torch(torch: Any, state: dict[str, Any]) -> None:
         torch.set_default_dtype(state["dtype"])
     torch.set_grad_enabled(state["grad"])
     if (here["deterministic"], here["warn_only"]) != (state["deterministic"], state["warn_only"]):
-        torch.use_deterministic_algorithms(state["deterministic"], warn_only=state["warn_only"])
+        _set_deterministic(torch, state["deterministic"], warn_only=state["warn_only"])
     if "sharing" in state and here.get("sharing") != state["sharing"]:
         torch.multiprocessing.set_sharing_strategy(state["sharing"])
     if here.get("device") != state.get("device"):
         torch.set_default_device(state["device"])
     if here.get("precision") != state.get("precision"):
         torch.set_float32_matmul_precision(state["precision"])
+
+
+def _set_deterministic(torch: Any, is_on: bool, *, warn_only: bool) -> None:
+    """As torch.use_deterministic_algorithms, which in torch 2.13 imports the compiler to tell it: seconds per worker.
+
+    A compiler that has been imported is told here too.
+    """
+    torch._C._set_deterministic_algorithms(is_on, warn_only=warn_only)
+    inductor = sys.modules.get("torch._inductor.config")
+    if hasattr(inductor, "deterministic"):
+        inductor.deterministic = is_on  # type: ignore[union-attr]
