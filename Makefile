@@ -4,6 +4,7 @@
 # make site   build the documentation
 # make dist   build the packages, and check them
 # make test-programs  other people's programs, natively and patched: half an hour on 2 cores
+# make demo-thermal  a detector of thermal images, trained patched on the CPU (examples/thermal_detection)
 
 PYTHON ?= python3
 # A smaller CPU build of torch, where it can be reached: make test TORCH='torch==2.13.0 --index-url ...'
@@ -42,6 +43,18 @@ test-torch113: $(LEGACY_VENV)/ready
 .PHONY: test-programs
 test-programs: $(PROGRAMS_VENV)/ready
 	$(PROGRAMS_VENV)/bin/python tests/programs/run.py --out .artifacts/programs_cpu.json $(PROGRAMS)
+
+# The same as a user's commands in examples/thermal_detection/README.md. The torchvision of PyPI fits a torch for CUDA:
+# torchvision_operators.py makes up for it beside another one.
+.PHONY: demo-thermal
+demo-thermal: .venv-programs/ready
+	.venv-programs/bin/python -m pip install -q --no-deps -r examples/thermal_detection/requirements.txt
+	site=$$(.venv-programs/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
+	cp benchmarks/torchvision_operators.py $$site && \
+	echo 'import torchvision_operators; torchvision_operators.on_import()' > $$site/torchvision_operators.pth
+	mkdir -p .artifacts/thermal
+	cd .artifacts/thermal && VIRTUAL_ENV=$(CURDIR)/.venv-programs $(CURDIR)/.venv-programs/bin/python -m rocm_patch run \
+		--backend cpu $(CURDIR)/examples/thermal_detection/train.py --small --device cpu
 
 check: $(VENV)/ready
 	$(VENV)/bin/ruff check .
