@@ -174,7 +174,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--size", type=int, help="width of a frame in pixels, a multiple of 160")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--seed", type=int, default=0, help="of the training; the frames are the same for all")
-    parser.add_argument("--amp", action="store_true", help="bfloat16 where ultralytics' mixed precision has it")
+    parser.add_argument("--amp", action="store_true", help="mixed precision with bfloat16, on a GPU that has it")
     parser.add_argument("--data", type=Path, help="folder of the frames")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder of the results")
     arguments = parser.parse_args()
@@ -184,6 +184,8 @@ def parse_arguments() -> argparse.Namespace:
     for name, value in usual.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
+    if arguments.amp and arguments.device == "cpu":
+        parser.error("bfloat16 was asked for on a CPU, where ultralytics has none\nhint: leave out --amp")
     if arguments.size % 160:
         parser.error(
             f"frames of {arguments.size} pixels were asked for; strides need a multiple of 160\nhint: --size 320"
