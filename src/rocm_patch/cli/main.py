@@ -35,7 +35,7 @@ from rocm_patch.settings import (
 
 app = typer.Typer(
     name="rocm-patch",
-    help="PyTorch that works on AMD Radeon cards AMD does not support well.",
+    help="PyTorch that works on AMD Radeon cards AMD does not support well. Not yet run on AMD hardware.",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
