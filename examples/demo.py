@@ -20,12 +20,15 @@ RUNS = {
         str(SCRIPT), "--device", "cpu",
     ],
 }  # fmt: skip
-SAME_LOSS = 1e-3  # relative; float32 sums in another order, compounded over 225 optimizer steps
+# Relative. Sums in another order round differently in float32, and training enlarges that: in five epochs native
+# parts from itself by 0.4 % with oneDNN's kernels for SSE4.1, by 0.6 % without oneDNN (AMD EPYC, torch 2.13.0).
+SAME_EARLY_LOSS = 2e-4  # of the first two epochs
+SAME_LOSS = 0.02
 SAME_ACCURACY = 0.01
 
 
-def run(name: str, command: list[str]) -> tuple[float, float, int]:
-    """Accuracy, loss, and the number of convolutions that went another way than native."""
+def run(name: str, command: list[str]) -> tuple[float, list[float], int]:
+    """Accuracy, loss of each epoch, and the number of convolutions that went another way than native."""
     print(f"--- {name}: {' '.join(command[1:])}", flush=True)
     # As in an activated environment: the program's Python is the one that runs this file.
     environ = {**os.environ, "VIRTUAL_ENV": sys.prefix}
@@ -41,20 +44,21 @@ def run(name: str, command: list[str]) -> tuple[float, float, int]:
     if process.wait() != 0:
         sys.exit(f"demo: the {name} run failed with exit code {process.returncode}")
     accuracy = float(re.search(r"test accuracy ([\d.]+)", output)[1])
-    loss = float(re.search(r"final training loss ([\d.]+)", output)[1])
-    return accuracy, loss, routes
+    losses = [float(loss) for loss in re.findall(r"training loss ([\d.]+)", output)]
+    return accuracy, losses, routes
 
 
 def main() -> None:
-    plain_accuracy, plain_loss, plain_routes = run("plain", RUNS["plain"])
-    accuracy, loss, routes = run("patched", RUNS["patched"])
+    plain_accuracy, plain_losses, plain_routes = run("plain", RUNS["plain"])
+    accuracy, losses, routes = run("patched", RUNS["patched"])
     print(
         f"demo: accuracy plain={plain_accuracy:.4f} patched={accuracy:.4f} "
-        f"loss plain={plain_loss:.6f} patched={loss:.6f}"
+        f"loss plain={plain_losses[-1]:.6f} patched={losses[-1]:.6f}"
     )
     if plain_routes or not routes:
         sys.exit("demo: failed, the patched run did not bypass the native convolutions, or the plain run did")
-    if abs(loss - plain_loss) > SAME_LOSS * plain_loss or abs(accuracy - plain_accuracy) > SAME_ACCURACY:
+    apart = [abs(ours - plain) / plain for ours, plain in zip(losses, plain_losses, strict=True)]
+    if max(apart[:2]) > SAME_EARLY_LOSS or max(apart) > SAME_LOSS or abs(accuracy - plain_accuracy) > SAME_ACCURACY:
         sys.exit("demo: failed, the runs disagree")
     if min(accuracy, plain_accuracy) < 0.95:
         sys.exit("demo: failed, the accuracy is below 0.95")

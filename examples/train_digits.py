@@ -56,7 +56,6 @@ def main() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     loss_of = nn.CrossEntropyLoss()
 
-    total = 0.0
     for epoch in range(arguments.epochs):
         model.train()
         total = 0.0
@@ -66,13 +65,13 @@ def main() -> None:
             loss.backward()
             optimizer.step()
             total += loss.item() * len(labels)
+        print(f"epoch {epoch + 1} training loss {total / len(train_set):.6f}")
 
     model.eval()
     correct = 0
     with torch.no_grad():
         for images, labels in test:
             correct += (model(images.to(arguments.device)).argmax(1).cpu() == labels).sum().item()
-    print(f"final training loss {total / len(train_set):.6f}")
     print(f"test accuracy {correct / len(test_set):.4f}")
 
 
