@@ -3,7 +3,7 @@
 # make check  lint and types
 # make site   build the documentation
 # make dist   build the packages, and check them
-# make test-programs  other people's programs, natively and patched: half an hour on 2 cores
+# make test-programs  other people's programs, natively and patched (docs/PROGRAMS.md)
 # make demo-thermal  a detector of thermal images, trained patched on the CPU (examples/thermal_detection)
 
 PYTHON ?= python3
